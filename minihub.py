@@ -2101,7 +2101,7 @@ class HubCore:
     def _server_variables(self, server, token, client_id, callback):
         """What jupyterhub-singleuser reads, 1.x and 6.x at once (protocol: JupyterHub's Spawner.get_env)."""
         user = server.user
-        base = server.prefix.removesuffix(self._path_of(server))
+        base = server.prefix.removesuffix(self._path_of(server)[1:])
         api_url = f"{self.settings.hub_url or self.mount.address}{base}hub/api"
         access = json.dumps([f"access:servers!server={user.name}/{server.name}", f"access:servers!user={user.name}"])
         variables = {
@@ -2117,7 +2117,8 @@ class HubCore:
         return {**variables, "JUPYTERHUB_ADMIN_ACCESS": "1"} if self.settings.admin_access else variables
 
     def _path_of(self, server):
-        return Mount("", "").server_prefix(server.user.name, server.name)
+        """The server's route: its path without the mount point's."""
+        return Mount("/", "").server_prefix(server.user.name, server.name)
 
     def _adopt(self, server, state):
         """Write down the process of a start; if that start has been overtaken, end the process."""
@@ -2184,9 +2185,12 @@ class HubCore:
     def _become_ready(self, server):
         with self.database.atomic():
             if self._move(server, "ready", last_activity=now()):
-                self.proxy.add_route(self._path_of(server), server.target,
-                                     {"user": server.user.name, "server_name": server.name})
+                self.add_route(server)
                 log.info("server %s: ready at %s", server.label, server.target)
+
+    def add_route(self, server: Server) -> None:
+        """Let the proxy send what is for the server to it."""
+        self.proxy.add_route(self._path_of(server), server.target, {"user": server.user.name, "server_name": server.name})
 
     def _observe_ready(self, server):
         if time.monotonic() - self._looked_at.get(server.id, -math.inf) < 1:
@@ -3614,6 +3618,7 @@ class UserUrlPage(Resource):
             return
         server = self._server(self.hub.find_user(name), path)
         if server.status == "ready":
+            self.hub.add_route(server)  # or this could go round for ever
             resp.status, resp.location = 302, here
         elif is_for_programs(req, path):
             raise Unavailable(f"JupyterHub server no longer running at {here}")
