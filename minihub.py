@@ -95,7 +95,8 @@ class Settings:
     authenticator: Any = "password"             # password | dummy | package.module:Class | an Authenticator
     password: str = ""                          # the dummy authenticator's one password for the whole class
     spawner: Any = "subprocess"                 # subprocess | package.module:Class | a Spawner
-    proxy: Any = "embedded"                     # embedded | package.module:Class | a Proxy
+    proxy: Any = "embedded"                     # embedded | chp | package.module:Class | a Proxy
+    services: tuple[dict, ...] = ()             # as JupyterHub's c.JupyterHub.services; in the environment a JSON list
     cmd: str = "jupyterhub-singleuser"          # the single-user command; {port}, {username}, {prefix} are filled in
     homes: str = "homes"                        # the folder that holds a home per user
     run_dir: str = "run"                        # server logs and process ids
@@ -118,6 +119,14 @@ class Settings:
     token_lifetime: float = 0                   # the longest life of a new API token, 0 = may live for ever
     cookie_lifetime: float = 14 * 24 * 3600     # how long a sign-in lasts
     link_lifetime: float = 7 * 24 * 3600        # how long a sign-in link can be used
+    idle_timeout: float = 0                     # a server that reports no activity for so long is stopped, 0 = never
+    max_age: float = 0                          # a server older than this is stopped, 0 = never
+    chp_api_url: str = "http://127.0.0.1:8001"  # the API of the configurable-http-proxy, for proxy = chp
+    chp_auth_token: str = ""                    # its CONFIGPROXY_AUTH_TOKEN; default: made up, where the hub starts it
+    chp_command: str = ""                       # starts it, for example configurable-http-proxy --port=8000
+    cleanup_servers: bool = False               # POST /shutdown also stops the servers, unless its body says otherwise
+    cleanup_proxy: bool = True                  # POST /shutdown also stops a proxy that the hub has started
+    on_shutdown: Any = None                     # called, without arguments, in place of ending the WSGI server
     proxy_idle_timeout: float = 3600            # a proxied connection without a byte for so long is closed
     tick_interval: float = 1                    # pause between two rounds of the ticker, 0 = call hub.tick() yourself
     process_variables: Any = None               # the variables that env_keep chooses from; default: this process's
@@ -134,6 +143,10 @@ class Settings:
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
         _demand(self.cmd.strip(), "cmd", "must name a command", self.cmd)
+        specs = [ServiceSpec.of(value) for value in self.services]
+        _demand(len({spec.name for spec in specs}) == len(specs), "services", "must have different names",
+                [spec.name for spec in specs])
+        object.__setattr__(self, "services", tuple(specs))
         for value in self.trusted_proxies:
             _parse("trusted_proxies", ipaddress.ip_network, value, "an IP address or network")
 
@@ -143,6 +156,8 @@ class Settings:
             _demand(not isinstance(value, str) and all(isinstance(item, str) for item in value), field.name,
                     "must be a list of strings", value)
             object.__setattr__(self, field.name, tuple(value))
+        elif kind == "tuple[dict, ...]":
+            _demand(isinstance(value, (list, tuple)), field.name, "must be a list of objects", value)
         elif kind in ("int", "float"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _demand(number and value >= 0, field.name, "must be a number, 0 or more", value)
@@ -158,7 +173,7 @@ class Settings:
         Warns of a `MINIHUB_*` name that is no setting.
         """
         environ = os.environ if environ is None else environ
-        fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name != "process_variables"}
+        fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in NOT_IN_ENVIRON}
         given = {name[8:].lower(): text for name, text in environ.items() if name.startswith("MINIHUB_")}
         for name in given.keys() - fields:
             warnings.warn(f"MINIHUB_{name.upper()} is not a setting of minihub {__version__}", stacklevel=3)
@@ -174,10 +189,72 @@ class Settings:
         return kept
 
 
+SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
+
+NOT_IN_ENVIRON = ("process_variables", "on_shutdown")  # Python objects
+
 INHERITED_VARIABLES = frozenset(
     "PATH LANG LANGUAGE TZ SHELL TMPDIR VIRTUAL_ENV CONDA_ROOT CONDA_DEFAULT_ENV CONDA_PREFIX PYTHONPATH"
     " LD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE JUPYTERHUB_SINGLEUSER_APP"
     " JUPYTERHUB_SINGLEUSER_EXTENSION JUPYTERHUB_ACTIVITY_INTERVAL".split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSpec:
+    """An entry of the setting `services`, with the keys JupyterHub knows. With a `command` the hub runs it itself."""
+
+    name: str
+    admin: bool = False
+    url: str = ""                   # http://host:port where it listens; it is then reached under /services/NAME/
+    api_token: str = ""             # what it proves itself with; default: a new one at each start of the command
+    command: tuple[str, ...] = ()
+    cwd: str = ""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    user: str = ""                  # the system user to run the command as
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    display: bool = True
+    oauth_no_confirm: bool = False
+    oauth_client_id: str = ""       # default: service-NAME
+    oauth_redirect_uri: str = ""    # default: /services/NAME/oauth_callback
+
+    @classmethod
+    def of(cls, value: Any) -> ServiceSpec:
+        """The entry, checked. Raises SettingError with what is wrong in it."""
+        if isinstance(value, cls):
+            return value
+        _demand(isinstance(value, dict) and isinstance(value.get("name"), str), "services",
+                "must be a list of objects, each with a name", value)
+        words = value.get("command", [])
+        _demand(isinstance(words, (str, list, tuple)), "services", f"must have words as command of {value['name']}", words)
+        value = {**value, "command": tuple(shlex.split(words) if isinstance(words, str) else words)}
+        kinds = {field.name: field.type.partition("[")[0] for field in dataclasses.fields(cls)}
+        unknown = sorted(value.keys() - kinds)
+        _demand(not unknown, "services", f"must have no other keys than {', '.join(kinds)}", unknown)
+        for key, item in value.items():
+            _demand(type(item).__name__ == kinds[key], "services", f"must have a {kinds[key]} as {key} of {value['name']}", item)
+        spec = cls(**value)
+        spec._check_values()
+        return spec
+
+    def _check_values(self):
+        _demand(SERVER_NAME.fullmatch(self.name), "services", "must have names of letters, digits and -_.~", self.name)
+        _demand(not self.url or urlsplit(self.url).hostname, "services", f"must have http://host:port as url of {self.name}",
+                self.url)
+        _demand(not self.api_token or len(self.api_token) >= 8, "services",
+                f"must have an api_token of at least 8 characters for {self.name}", "a shorter one")
+        texts = (*self.command, *self.environment, *self.environment.values())
+        _demand(all(isinstance(text, str) for text in texts), "services",
+                f"must have strings in command and environment of {self.name}", texts)
+
+    @property
+    def target(self) -> str:
+        """Where the proxy sends what is for it, '' for a service without pages."""
+        return "{0.scheme}://{0.netloc}".format(urlsplit(self.url)) if self.url else ""
+
+    @property
+    def client_id(self) -> str:
+        """Its OAuth client id, '' for a service that people do not sign in to."""
+        return self.oauth_client_id or (f"service-{self.name}" if self.url or self.oauth_redirect_uri else "")
 
 
 class SettingError(ValueError):
@@ -206,6 +283,8 @@ def _from_text(name, kind, text):
         return _parse(name, lambda word: words.get(word.strip().lower(), word), text, "true or false")
     if kind in ("int", "float"):
         return _parse(name, int if kind == "int" else float, text, "a number")
+    if kind == "tuple[dict, ...]":
+        return _parse(name, json.loads, text, "a JSON list")
     if kind == "tuple[str, ...]":
         return tuple(item.strip() for item in text.split(",") if item.strip())
     return text
@@ -362,8 +441,6 @@ def check_password(password: str, hashed: str | None) -> bool:
 
 
 NAME_LENGTH = 255  # the width of JupyterHub's column
-SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")
-
 #: First path segments of Jupyter's own pages: a server of that name would hide the page of the default server.
 RESERVED_SERVER_NAMES = frozenset(
     "api custom edit doc files hub kernelspecs lab login logout metrics nbconvert nbextensions notebooks"
@@ -538,21 +615,36 @@ class Server(Row):
         return f"{self.user.name}:{self.name}" if self.name else self.user.name
 
 
+class Service(Row):
+    """A program beside the hub, as the setting `services` describes it; `state` is its process's if the hub runs it."""
+
+    name = pw.CharField(unique=True)
+    admin = pw.BooleanField()
+    spec = JSONField()
+    state = JSONField(null=True)
+    restarts = pw.IntegerField(default=0)
+    next_start = MomentField(default=now)
+    created = MomentField(default=now)
+
+
 class OAuthClient(Row):
-    """Who may ask for OAuth codes: a user's server (one registration a launch)."""
+    """Who may ask for OAuth codes: a user's server (one registration a launch) or a service."""
 
     identifier = pw.CharField(unique=True)
     secret = pw.CharField()
     redirect_uri = pw.TextField()
     description = pw.CharField(max_length=1023)
     server = pw.ForeignKeyField(Server, null=True, backref="clients", on_delete="CASCADE")
+    service = pw.ForeignKeyField(Service, null=True, backref="clients", on_delete="CASCADE")
 
 
 class Token(Row):
-    """An API token, or, with a `client`, an OAuth access token. `server` is set on the token a server runs with."""
+    """An API token of a user or a service, or, with a `client`, an OAuth access token. `server` is set on the token a
+    server runs with."""
 
     hashed = pw.CharField(unique=True)
-    user = pw.ForeignKeyField(User, backref="tokens", on_delete="CASCADE")
+    user = pw.ForeignKeyField(User, null=True, backref="tokens", on_delete="CASCADE")
+    service = pw.ForeignKeyField(Service, null=True, backref="tokens", on_delete="CASCADE")
     client = pw.ForeignKeyField(OAuthClient, null=True, backref="tokens", on_delete="CASCADE")
     server = pw.ForeignKeyField(Server, null=True, backref="tokens", on_delete="CASCADE")
     parent = pw.ForeignKeyField("self", null=True, on_delete="CASCADE")  # the token this one stands in for
@@ -561,6 +653,11 @@ class Token(Row):
     created = MomentField(default=now)
     last_activity = MomentField(null=True)
     expires_at = MomentField(null=True)
+
+    class Meta:
+        """It acts for somebody, and for one only."""
+
+        constraints = [pw.Check("(user_id IS NULL) <> (service_id IS NULL)")]
 
 
 class OAuthCode(Row):
@@ -582,7 +679,7 @@ class Route(Row):
     data = JSONField()
 
 
-MODELS = (Setting, Lease, Failure, User, Group, Membership, Server, OAuthClient, Token, OAuthCode, Route)
+MODELS = (Setting, Lease, Failure, User, Group, Membership, Server, Service, OAuthClient, Token, OAuthCode, Route)
 
 #: What a database that is gone, locked, full or read-only raises.
 DatabaseTrouble = (pw.OperationalError, pw.InterfaceError, pw.InternalError)
@@ -735,9 +832,9 @@ class Spawner:
         return ""
 
 
-#: Runs a server ("$@"), so that its exit status is on disk for any worker to read, and nothing outlives it in its
+#: Runs a command ("$@"), so that its exit status is on disk for any worker to read, and nothing outlives it in its
 #: process group. `set -C` makes the first of two starts of one launch win. The traps keep the shell alive over the
-#: signals meant for the server; a trapped signal, unlike an ignored one, is back at its default in the server.
+#: signals meant for the command; a trapped signal, unlike an ignored one, is back at its default in the command.
 SUPERVISE = """
 set -C; echo "$$ $1" >"$0.pid" || exit 125; shift
 trap : INT TERM HUP
@@ -745,6 +842,79 @@ trap : INT TERM HUP
 echo $? >"$0.exit"
 kill -KILL 0
 """
+
+#: The same for a service, which is to end within a minute of the last worker that has touched the file "$1".
+SUPERVISE_SERVICE = """
+set -C; beat=$1; echo "$$ $1" >"$0.pid" || exit 125; shift
+trap : INT TERM HUP
+"$@" & child=$!
+while kill -0 $child 2>/dev/null; do
+    [ -n "$(find "$beat" -mmin -1 2>/dev/null)" ] || kill $child
+    sleep 1
+done
+wait $child; echo $? >"$0.exit"
+kill -KILL 0
+"""
+
+
+def start_process(run: Path, words: Iterable[str], note: str, script: str = SUPERVISE, **options: Any) -> dict[str, Any]:
+    """Run a command in a session of its own, and return what tells any other worker about it.
+
+    `run` is a path without its suffix, for what is to be known of it: .pid, .exit. Its log is the same path up to the @.
+    `note` is what the script gets as its first word. Raises OSError.
+    """
+    log_file = log_of(run)
+    for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*"):  # of earlier starts
+        name.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        log_file.replace(log_file.with_suffix(".log.old"))
+    with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
+        process = subprocess.Popen(["/bin/sh", "-c", script, str(run), note, *words], stdin=subprocess.DEVNULL,
+                                   stdout=output, stderr=output, start_new_session=True, **options)
+    # The kernel keeps a zombie until somebody waits for it.
+    threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
+    return process_state(run, process.pid)
+
+
+def process_state(run: Path, pid: int) -> dict[str, Any]:
+    """What there is to know of a supervised process."""
+    return {"pid": pid, "identity": process_identity(pid), "run": str(run)}
+
+
+def poll_process(state: dict[str, Any]) -> int | None:
+    """None while it lives, else the exit status that its supervisor has written; -9 if that was killed itself."""
+    if process_identity(state["pid"]) == state["identity"]:
+        return None
+    try:
+        return int(Path(f"{state['run']}.exit").read_text())
+    except (FileNotFoundError, ValueError):
+        return -signal.SIGKILL
+
+
+def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dict[str, Any]:
+    """The next signal of the ladder, to the whole process group, if its time has come; returns the new state."""
+    asked = state.get("asked_to_stop") or time.time()
+    sent = state.get("signals_sent", 0)
+    due = len(ladder) if now else sum(time.time() >= asked + after for after, _ in ladder)
+    if due > sent and process_identity(state["pid"]) == state["identity"]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(state["pid"], ladder[due - 1][1])
+    return {**state, "asked_to_stop": asked, "signals_sent": max(due, sent)}
+
+
+def log_of(run: Path) -> Path:
+    """The log of what is run there."""
+    return run.with_name(run.name.rpartition("@")[0] + ".log")
+
+
+def last_lines(run: Path, lines: int = 30) -> str:
+    """The end of a log."""
+    try:
+        with open(log_of(run), "rb") as log_file:
+            log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
+            return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-lines:])
+    except OSError as error:
+        return f"(its log cannot be read: {error.strerror})"
 
 
 class SubprocessSpawner(Spawner):
@@ -783,15 +953,9 @@ class SubprocessSpawner(Spawner):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.settings.notebook_dir:
             self._notebook_dir(server).mkdir(parents=True, exist_ok=True)
-        log_file = self._fresh_log(run)
         target = f"http://127.0.0.1:{server.port}"
-        with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
-            process = subprocess.Popen(["/bin/sh", "-c", SUPERVISE, str(run), target, *self.command(server)],
-                                       cwd=self.home(server), env=self.environment(server), stdin=subprocess.DEVNULL,
-                                       stdout=output, stderr=output, start_new_session=True)
-        # The kernel keeps a zombie until somebody waits for it.
-        threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
-        return self._state(run, process.pid, target)
+        state = start_process(run, self.command(server), target, cwd=self.home(server), env=self.environment(server))
+        return {**state, "target": target}
 
     def find(self, server):
         """The state of a process whose start was interrupted: its supervisor has written down who it is."""
@@ -800,54 +964,23 @@ class SubprocessSpawner(Spawner):
             pid, target = run.with_name(f"{run.name}.pid").read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return self._state(run, int(pid), target)
+        return {**process_state(run, int(pid)), "target": target}
 
     def poll(self, state):
-        """The exit status that the supervisor has written; -9 if it was killed itself."""
-        if process_identity(state["pid"]) == state["identity"]:
-            return None
-        try:
-            return int(Path(f"{state['run']}.exit").read_text())
-        except (FileNotFoundError, ValueError):
-            return -signal.SIGKILL
+        """The exit status as the shell tells it: 128 and more are signals; -9 if the supervisor was killed itself."""
+        return poll_process(state)
 
     def stop(self, state, now=False):
-        """The next signal of the ladder, to the whole process group, if its time has come."""
-        asked = state.get("asked_to_stop") or time.time()
-        sent = state.get("signals_sent", 0)
-        due = len(self.ladder) if now else sum(time.time() >= asked + after for after, _ in self.ladder)
-        if due > sent and process_identity(state["pid"]) == state["identity"]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(state["pid"], self.ladder[due - 1][1])
-        return {**state, "asked_to_stop": asked, "signals_sent": max(due, sent)}
+        """The next signal of the ladder."""
+        return stop_process(state, self.ladder, now)
 
-    def log_tail(self, state, lines=30):
-        """The end of the server's log."""
-        try:
-            with open(self._log_file(Path(state["run"])), "rb") as log_file:
-                log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
-                return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-lines:])
-        except OSError as error:
-            return f"(its log cannot be read: {error.strerror})"
+    def log_tail(self, state):
+        """The last 30 lines of the server's log."""
+        return last_lines(Path(state["run"]))
 
     def _run_file(self, server):
         folder = Path(self.settings.run_dir).absolute() / server.user.folder
         return folder / f"server{'-' if server.name else ''}{server.name}@{server.id}"
-
-    def _log_file(self, run):
-        return run.with_name(run.name.rpartition("@")[0] + ".log")
-
-    def _fresh_log(self, run):
-        """The path of a log yet to be written; what the server's earlier starts left is put aside or removed."""
-        log_file = self._log_file(run)
-        for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*"):
-            name.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            log_file.replace(log_file.with_suffix(".log.old"))
-        return log_file
-
-    def _state(self, run, pid, target):
-        return {"pid": pid, "identity": process_identity(pid), "target": target, "run": str(run)}
 
     def _notebook_dir(self, server):
         return self.home(server) / Path(self._fill(self.settings.notebook_dir, server)).expanduser()
