@@ -33,6 +33,7 @@ import functools
 import hashlib
 import hmac
 import html
+import http.client
 import importlib
 import ipaddress
 import itertools
@@ -1044,9 +1045,8 @@ class Proxy:
         """Every route by its prefix, as {"routespec": prefix, "target": ..., "data": {...}}."""
         raise NotImplementedError
 
-    def check_routes(self, wanted: dict[str, dict[str, Any]]) -> None:
-        """Make the routes those of `wanted`, which is of the form that `get_all_routes` returns."""
-        actual = self.get_all_routes()
+    def check_routes(self, wanted: dict[str, dict[str, Any]], actual: dict[str, dict[str, Any]]) -> None:
+        """Make the routes those that are `wanted`; both are of the form that `get_all_routes` returns."""
         for prefix in actual.keys() - wanted.keys():
             self.delete_route(prefix)
         for prefix, route in wanted.items():
@@ -1580,6 +1580,65 @@ class EmbeddedProxy(Proxy):
         return handover.respond(start_response)
 
 
+class ConfigurableHTTPProxy(Proxy):
+    """JupyterHub's own proxy, a program beside the hub, driven through its REST API. People then reach the hub through it.
+
+    Where its API is and with which token is a fact of the database: `PATCH /proxy` moves all workers at once.
+    """
+
+    def place(self) -> dict[str, str]:
+        """Where the proxy's API is now: `api_url` and `auth_token`."""
+        return remember("proxy", {"api_url": self.settings.chp_api_url.rstrip("/"),
+                                  "auth_token": self.settings.chp_auth_token or secrets.token_hex(32)})
+
+    def move(self, changes: dict[str, Any]) -> None:
+        """Drive another proxy from now on. `ip`, `port`, `protocol`, `api_url` and `auth_token` are what may change."""
+        place = self.place()
+        parts = urlsplit(changes.get("api_url") or place["api_url"])
+        host, port = changes.get("ip") or parts.hostname, changes.get("port") or parts.port
+        host = f"[{host}]" if ":" in host else host
+        scheme = (changes.get("protocol") or parts.scheme).rstrip(":/")
+        store("proxy", {"api_url": f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
+                        "auth_token": changes.get("auth_token") or place["auth_token"]})
+
+    def add_route(self, prefix, target, data):
+        """Tell the proxy. Raises Unavailable."""
+        self._request("POST", prefix, {**data, "target": target, "jupyterhub": True})
+
+    def delete_route(self, prefix):
+        """Tell the proxy. Raises Unavailable."""
+        self._request("DELETE", prefix)
+
+    def get_all_routes(self):
+        """The routes that are the hub's; others may have some of their own. Raises Unavailable."""
+        routes = {}
+        for path, entry in (self._request("GET", "/") or {}).items():
+            if entry.pop("jupyterhub", False):
+                prefix = quote(path.rstrip("/"), safe="/@~") + "/"
+                routes[prefix] = {"routespec": prefix, "target": entry.pop("target"), "data": entry}
+        return routes
+
+    def _request(self, method, prefix, body=None):
+        place = self.place()
+        parts = urlsplit(place["api_url"])
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT)
+        try:
+            with contextlib.closing(connection):
+                connection.request(method, f"{parts.path.removesuffix('/api/routes')}/api/routes{prefix.rstrip('/') or '/'}",
+                                   json.dumps(body), {"Authorization": f"token {place['auth_token']}"})
+                response = connection.getresponse()
+                content = response.read()
+                if response.status >= 400 and (method, response.status) != ("DELETE", 404):
+                    raise Unavailable(f"The proxy at {place['api_url']} refuses to {method} a route: {response.status}")
+                return json.loads(content) if content and method == "GET" else None
+        except (OSError, ValueError, http.client.HTTPException):
+            raise Unavailable(f"The proxy at {place['api_url']} does not answer") from None
+
+
+PROXIES = {"embedded": EmbeddedProxy, "chp": ConfigurableHTTPProxy}
+
+
 ########################################################################################################
 # 8. The hub's operations
 ########################################################################################################
@@ -1606,19 +1665,19 @@ class Mount:
 class Identity:
     """Who is asking, and by what right. A token with a `client` (OAuth) serves only to be identified by."""
 
+    kind: str                                   # "user" or "service"
     name: str
     admin: bool
-    user_id: int
+    user_id: int | None
     created: datetime
     last_activity: datetime | None
     token_id: int | None = None
     token_last_activity: datetime | None = None
-    client: str | None = None
-    client_server: str | None = None
-    server_id: int | None = None
+    client: str | None = None                   # the OAuth client's id
+    client_server: str | None = None            # what that client is: `ada/gpu`,
+    client_service: str | None = None           # or the name of a service
+    server_id: int | None = None                # the server that runs with this token
     session_id: str = ""
-
-    kind = "user"
 
 
 class CompiledQuery:
@@ -1637,12 +1696,17 @@ class CompiledQuery:
 to_moment = MomentField().python_value
 to_stored = MomentField().db_value
 
-Owner = User.alias()
+Owner, Caller = User.alias(), Service.alias()
 TOKEN_BY_HASH = CompiledQuery(
-    Token.select(User.name, User.admin, User.id, User.created, User.last_activity, Token.id, Token.last_activity,
-                 OAuthClient.identifier, Owner.name, Server.name, Token.server, Token.session_id, Token.expires_at)
-    .join(User).switch(Token).join(OAuthClient, pw.JOIN.LEFT_OUTER).join(Server, pw.JOIN.LEFT_OUTER)
-    .join(Owner, pw.JOIN.LEFT_OUTER, on=(Owner.id == Server.user)).where(Token.hashed == ""))
+    Token.select(User.name, User.admin, User.id, User.created, User.last_activity, Caller.name, Caller.admin,
+                 Caller.created, Token.id, Token.last_activity, OAuthClient.identifier, Owner.name, Server.name,
+                 Service.name, Token.server, Token.session_id, Token.expires_at)
+    .join(User, pw.JOIN.LEFT_OUTER).join(Caller, pw.JOIN.LEFT_OUTER, on=(Caller.id == Token.service))
+    .join(OAuthClient, pw.JOIN.LEFT_OUTER, on=(OAuthClient.id == Token.client))
+    .join(Server, pw.JOIN.LEFT_OUTER, on=(Server.id == OAuthClient.server))
+    .join(Owner, pw.JOIN.LEFT_OUTER, on=(Owner.id == Server.user))
+    .join(Service, pw.JOIN.LEFT_OUTER, on=(Service.id == OAuthClient.service))
+    .where(Token.hashed == ""))
 GROUPS_OF_USER = CompiledQuery(
     Group.select(Group.name).join(Membership).where(Membership.user == 0).order_by(Group.name))
 _ACTIVE_SERVERS = Server.select(Server.user, Server.name, Server.status, Server.state, Server.user_options,
@@ -1979,12 +2043,14 @@ class HubCore:
         row = TOKEN_BY_HASH.run(self.database, hash_token(token)).fetchone()
         if row is None:
             return None
-        (name, admin, user_id, created, user_active, token_id, token_active, client, owner, server_name, server_id,
-         session_id, expires_at) = row
+        (name, admin, user_id, created, active, caller, caller_admin, caller_created, token_id, token_active, client,
+         owner, server_name, client_service, server_id, session_id, expires_at) = row
         if expires_at is not None and to_moment(expires_at) <= now():
             return None
-        return Identity(name, bool(admin), user_id, to_moment(created), to_moment(user_active), token_id,
-                        to_moment(token_active), client, owner and f"{owner}/{server_name}", server_id, session_id)
+        who = ("user", name, bool(admin), user_id, to_moment(created), to_moment(active)) if caller is None else (
+            "service", caller, bool(caller_admin), None, to_moment(caller_created), to_moment(token_active))
+        return Identity(*who, token_id, to_moment(token_active), client, owner and f"{owner}/{server_name}", client_service,
+                        server_id, session_id)
 
     def exchange_token(self, token: str, identity: Identity, data: dict[str, Any]) -> str:
         """What the server that a route's `data` names may see of a token: one that proves the same identity, but only
@@ -1996,13 +2062,13 @@ class HubCore:
             return ""
         derived = hmac.new(self.secret.encode(), f"exchange:{token}:{client.id}".encode(), hashlib.sha256).hexdigest()[:32]
         parent = Token.get_by_id(identity.token_id)
-        (Token.insert(hashed=hash_token(derived), user=identity.user_id, client=client, parent=parent,
-                      expires_at=parent.expires_at).on_conflict_ignore().execute())
+        (Token.insert(hashed=hash_token(derived), user=parent.user_id, service=parent.service_id, client=client,
+                      parent=parent, expires_at=parent.expires_at).on_conflict_ignore().execute())
         return derived
 
-    def may_enter(self, identity: Identity, owner_id: int) -> bool:
-        """Whether this identity may open the servers of that user."""
-        return identity.user_id == owner_id or (identity.admin and self.settings.admin_access)
+    def may_enter(self, identity: Identity, owner_id: int | None) -> bool:
+        """Whether this identity may open the servers of that user (None: a service, which is open to all)."""
+        return owner_id is None or identity.user_id == owner_id or (identity.admin and self.settings.admin_access)
 
     def scopes_of(self, identity: Identity) -> list[str]:
         """JupyterHub 2's words for what its clients ask about: which servers this identity may enter.
@@ -2010,13 +2076,15 @@ class HubCore:
         Fully expanded, because singleuser 6 fails on `!user` alone, and unfiltered for admins only, because it looks at
         nothing else. Source: jupyterhub.scopes.
         """
-        me = f"!user={identity.name}"
-        scopes = [f"read:users:name{me}", f"read:users:groups{me}"]
-        if identity.client is not None:
-            return [f"access:servers!server={identity.client_server}", *scopes] if identity.client_server else scopes
+        me = f"!{identity.kind}={identity.name}"
+        scopes = [f"read:{identity.kind}s:name{me}", f"read:{identity.kind}s:groups{me}"]
+        if identity.client_server:
+            return [f"access:servers!server={identity.client_server}", *scopes]
+        if identity.client_service:
+            return [f"access:services!service={identity.client_service}", *scopes]
         everywhere = ["access:servers"] if identity.admin and self.settings.admin_access else []
-        return [*everywhere, f"access:servers{me}", *scopes, f"users:activity{me}", f"read:users:activity{me}",
-                f"read:servers{me}", f"servers{me}", f"tokens{me}"]
+        return [*everywhere, f"access:servers{me}", "access:services", *scopes, f"users:activity{me}",
+                f"read:users:activity{me}", f"read:servers{me}", f"servers{me}", f"tokens{me}"]
 
     def find_token(self, user: User, public_id: str) -> Token:
         """The user's token by the id the API gives it, `a1` or `o1`. Raises NotFound."""
@@ -2093,7 +2161,8 @@ class HubCore:
         """Note that a token was used by its owner; what a server does by itself with its token does not count."""
         if identity.server_id is None:
             self.note_activity(Token, identity.token_id, identity.token_last_activity)
-            self.note_activity(User, identity.user_id, identity.last_activity)
+            if identity.kind == "user":
+                self.note_activity(User, identity.user_id, identity.last_activity)
 
     def note_visit(self, user: User) -> None:
         """Note that a user was here in person."""
@@ -2234,7 +2303,7 @@ class HubCore:
     def _server_variables(self, server, token, client_id, callback):
         """What jupyterhub-singleuser reads, 1.x and 6.x at once (protocol: JupyterHub's Spawner.get_env)."""
         user = server.user
-        base = server.prefix.removesuffix(self._path_of(server)[1:])
+        base = server.prefix.removesuffix(Mount("", "").server_prefix(user.name, server.name))
         api_url = f"{self.settings.hub_url or self.mount.address}{base}hub/api"
         access = json.dumps([f"access:servers!server={user.name}/{server.name}", f"access:servers!user={user.name}"])
         variables = {
@@ -2249,9 +2318,6 @@ class HubCore:
             "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0"}
         return {**variables, "JUPYTERHUB_ADMIN_ACCESS": "1"} if self.settings.admin_access else variables
 
-    def _path_of(self, server):
-        """The server's route: its path without the mount point's."""
-        return Mount("/", "").server_prefix(server.user.name, server.name)
 
     def _adopt(self, server, state):
         """Write down the process of a start; if that start has been overtaken, end the process."""
@@ -2316,14 +2382,22 @@ class HubCore:
         return f". Its last words:\n{tail}" if tail else ""
 
     def _become_ready(self, server):
-        with self.database.atomic():
-            if self._move(server, "ready", last_activity=now()):
-                self.add_route(server)
-                log.info("server %s: ready at %s", server.label, server.target)
+        if self._move(server, "ready"):
+            self.add_route(server)
+            log.info("server %s: ready at %s", server.label, server.target)
 
     def add_route(self, server: Server) -> None:
-        """Let the proxy send what is for the server to it."""
-        self.proxy.add_route(self._path_of(server), server.target, {"user": server.user.name, "server_name": server.name})
+        """Let the proxy send what is for the server to it; a proxy that does not answer is told by the ticker later."""
+        try:
+            self.proxy.add_route(server.prefix, server.target, {"user": server.user.name, "server_name": server.name})
+        except Unavailable as error:
+            log.error("server %s has no route yet: %s", server.label, error)
+
+    def _delete_route(self, server):
+        try:
+            self.proxy.delete_route(server.prefix)
+        except Unavailable as error:
+            log.error("server %s still has a route: %s", server.label, error)
 
     def _observe_ready(self, server):
         if time.monotonic() - self._looked_at.get(server.id, -math.inf) < 1:
@@ -2341,12 +2415,9 @@ class HubCore:
         self.observe(server)
         forget = forget or server.forget
         if server.status in ("spawning", "ready"):
-            with self.database.atomic():
-                moved = self._move(server, "stopping", forget=forget)
-                if moved:
-                    self.proxy.delete_route(self._path_of(server))
-            if not moved:
+            if not self._move(server, "stopping", forget=forget):
                 return self.stop(server, forget)
+            self._delete_route(server)
             log.info("server %s: stopping", server.label)
             self._observe_stopping(server)
         elif server.status == "stopping":
@@ -2369,10 +2440,10 @@ class HubCore:
         with self.database.atomic():
             if not self._move(server, "stopped", state=None, target=None, failure=failure):
                 return
-            self.proxy.delete_route(self._path_of(server))
             self._revoke(server)
             if server.forget:
                 self._delete_stopped(server)
+        self._delete_route(server)
         self._looked_at.pop(server.id, None)
         log.info("server %s: stopped%s", server.label, failure and f": {failure.splitlines()[0]}")
 
@@ -2426,7 +2497,9 @@ class HubCore:
     def identity_model(self, identity: Identity) -> dict[str, Any]:
         """The API's answer to "who is this?": the user, and what JupyterHub 2 and later say of the token."""
         kind = "o" if identity.client else "a"
-        return {**self.user_model(identity, servers=False), "scopes": self.scopes_of(identity),
+        who = self.user_model(identity, servers=False) if identity.kind == "user" else {
+            "kind": "service", "name": identity.name, "admin": identity.admin}
+        return {**who, "scopes": self.scopes_of(identity),
                 "session_id": identity.session_id or None, "token_id": identity.token_id and f"{kind}{identity.token_id}"}
 
     def user_models(self, users: list[User]) -> list[dict[str, Any]]:
@@ -2507,9 +2580,6 @@ class HubCore:
         Failure.delete().where(Failure.until <= now()).execute()
 
 
-PROXIES = {"embedded": EmbeddedProxy}
-
-
 def challenge_of(verifier: str) -> str:
     """The S256 challenge that a PKCE verifier meets (RFC 7636, 4.2)."""
     digest = hashlib.sha256(verifier.encode("utf-8", "surrogateescape")).digest()
@@ -2582,7 +2652,7 @@ def user_of_cookie(hub: HubCore, cookie: str, value: str) -> User | None:
 
 def identity_of(user: User, session_id: str = "") -> Identity:
     """The user as somebody who asks without a token."""
-    return Identity(user.name, user.admin, user.id, user.created, user.last_activity, session_id=session_id)
+    return Identity("user", user.name, user.admin, user.id, user.created, user.last_activity, session_id=session_id)
 
 
 def token_in(header: str | None) -> str | None:
@@ -2679,7 +2749,8 @@ def needs_self_or_admin(req, resp, resource, params):
     """For the user the path names, and for admins. Others learn nothing, not even whether there is such a user."""
     needs_full(req, resp, resource, params)
     identity = req.context.identity
-    require(identity.admin or resource.hub.authenticator.normalize(params["name"]) == identity.name)
+    own = identity.kind == "user" and resource.hub.authenticator.normalize(params["name"]) == identity.name
+    require(identity.admin or own)  # a service that bears a user's name is not that user
 
 
 def needs_api_token(req, resp, resource, params):
@@ -3075,14 +3146,14 @@ class TokensResource(Resource):
         identity = identify(req, self.hub)
         require(not identity or not identity.client)
         user = self._signed_in_by(body, req, name) if identity is None else self._meant(identity, name)
-        by = f" by {identity.kind} {identity.name}" if identity and identity.name != user.name else ""
+        by = f" by {identity.kind} {identity.name}" if identity and identity.user_id != user.id else ""
         token, row = self.hub.create_token(user, note or f"Requested via api{by}", expires_in)
         log.info("user %s has a new token%s", user.name, by)
         resp.status, resp.media = 201, {**token_model(row), "token": token}
 
     def _meant(self, identity, name):
         """Whose token an identified client asks for."""
-        own = self.hub.authenticator.normalize(name) == identity.name
+        own = identity.kind == "user" and self.hub.authenticator.normalize(name) == identity.name
         require(own or identity.admin, "Only admins can request tokens for other users")
         return self.hub.find_user(name)
 
@@ -3168,8 +3239,10 @@ class AuthorizeTokenResource(Resource):
 
     def _meant(self, identity, name):
         if not name:
+            if identity.kind == "service":
+                raise BadRequest("A service must say whose token it wants, as username")
             return self.hub.find_user(identity.name)
-        require(identity.admin or name == identity.name, "Only admins can request tokens for other users.")
+        require(identity.admin or (identity.kind == "user" and name == identity.name), "Only admins can request tokens for other users.")
         user = self.hub.get_user(str(name))
         if user is None:
             raise BadRequest(f"No such user '{name}'")
@@ -3889,7 +3962,7 @@ class Hub(HubCore):
                 environ = self._below_base(environ)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
-                route = self._find_route(environ["PATH_INFO"])
+                route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])
                 if route is None:
                     return self._falcon(environ, start_response)
                 return self._forward(environ, start_response, *route)
@@ -3920,12 +3993,12 @@ class Hub(HubCore):
 
     # Requests for servers
 
-    def _find_route(self, path):
+    def _find_route(self, mount, path):
         """Target and data of the longest route above the path, or None. A named server's lies below the default one's."""
-        if not path.startswith("/user/"):
+        if not path.startswith(("/user/", "/services/")):
             return None
         _, kind, name, below, *_ = (path.encode("latin-1").decode("utf-8", "replace") + "//").split("/")
-        shorter = f"/{kind}/{quote_name(name)}/"
+        shorter = f"{mount.base}{kind}/{quote_name(name)}/"
         rows = ROUTE_BY_PREFIX.run(self.database, shorter, f"{shorter}{quote_name(below)}/").fetchall()
         _, target, data = max(rows, key=lambda row: len(row[0]), default=(None, None, None))
         return target and (target, json.loads(data))
