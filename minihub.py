@@ -196,7 +196,7 @@ NOT_IN_ENVIRON = ("process_variables", "on_shutdown")  # Python objects
 
 INHERITED_VARIABLES = frozenset(
     "PATH LANG LANGUAGE TZ SHELL TMPDIR VIRTUAL_ENV CONDA_ROOT CONDA_DEFAULT_ENV CONDA_PREFIX PYTHONPATH"
-    " LD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE JUPYTERHUB_SINGLEUSER_APP"
+    " LD_LIBRARY_PATH HOME USER SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE JUPYTERHUB_SINGLEUSER_APP"
     " JUPYTERHUB_SINGLEUSER_EXTENSION JUPYTERHUB_ACTIVITY_INTERVAL".split())
 
 
@@ -531,7 +531,7 @@ class Setting(Row):
     """A fact about the hub itself: the schema's version, the cookie secret, where it was last reached."""
 
     key = pw.CharField(primary_key=True)
-    value = JSONField()
+    value = JSONField(null=True)
 
 
 class Lease(Row):
@@ -1601,6 +1601,28 @@ class ConfigurableHTTPProxy(Proxy):
         store("proxy", {"api_url": f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
                         "auth_token": changes.get("auth_token") or place["auth_token"]})
 
+    def keep_running(self, hub: str) -> None:
+        """Start the proxy if it is ours to run and does not; `hub` is the URL of the hub's pages, for its error pages."""
+        place, api = self.place(), urlsplit(self.settings.chp_api_url)
+        state = remember("proxy_process", None)
+        ours = self.settings.chp_command and place["api_url"] == self.settings.chp_api_url.rstrip("/")
+        if not ours or (state and poll_process(state) is None):
+            return
+        run = Path(self.settings.run_dir).absolute() / f"proxy@{secrets.token_hex(4)}"
+        run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        words = [*shlex.split(self.settings.chp_command), "--api-ip", api.hostname, "--api-port", str(api.port or 80),
+                 "--error-target", f"{hub}error"]
+        variables = {**self.settings.inherited_variables(), "CONFIGPROXY_AUTH_TOKEN": place["auth_token"]}
+        store("proxy_process", start_process(run, words, "proxy", env=variables))
+        log.info("proxy: started at %s", self.settings.chp_api_url)
+
+    def stop_running(self) -> None:
+        """End the proxy, if it was ours to run."""
+        state = remember("proxy_process", None)
+        if state:
+            store("proxy_process", stop_process(state, ((0, signal.SIGTERM),)))
+            log.info("proxy: stopped")
+
     def add_route(self, prefix, target, data):
         """Tell the proxy. Raises Unavailable."""
         self._request("POST", prefix, {**data, "target": target, "jupyterhub": True})
@@ -1732,6 +1754,8 @@ POLL_READY_AFTER = 10     # seconds between two looks of the ticker at a server 
 PURGE_AFTER = 60          # seconds between two clean-ups
 CODE_LIFETIME = 300       # seconds an OAuth code can be redeemed
 CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")  # RFC 7636: the unpadded base64url of a SHA-256
+STEADY_AFTER = 60         # seconds after which a service that still runs has not died at once
+CHECK_ROUTES_AFTER = 5    # seconds between two comparisons of the proxy's routes with those wanted
 MAX_ATTEMPTS = 3          # starts of a server whose port somebody else has taken
 FAILURES = (("{name} {address}", 5), ("{name}", 50), ("{address}", 200))  # who may fail how often ...
 FAILURES_FORGOTTEN = 300  # ... within so many seconds; a whole class can sit behind one address
@@ -1748,7 +1772,7 @@ class HubCore:
         self._looked_at: dict[int, float] = {}
         self._waiting = threading.BoundedSemaphore(2)
         self._holder = secrets.token_hex(8)
-        self._next_poll = self._next_purge = 0.0
+        self._next_poll = self._next_purge = self._next_check = 0.0
         self.authenticator = _load("authenticator", settings.authenticator, AUTHENTICATORS, Authenticator)
         self.spawner = _load("spawner", settings.spawner, SPAWNERS, Spawner)
         self.proxy = _load("proxy", settings.proxy, PROXIES, Proxy)
@@ -1758,7 +1782,6 @@ class HubCore:
         with self.connected():
             prepare_schema(self.database)
             self.secret = remember("cookie_secret", secrets.token_hex(32))
-            self._admit_configured_admins()
         self.disconnect()  # a fork must not inherit the connection
 
     # The database
@@ -1924,6 +1947,68 @@ class HubCore:
     def active_servers(self, user: User) -> list[Server]:
         """The user's servers that are not stopped, each observed just now."""
         return [server for server in user.servers if self.observe(server).status in ACTIVE]
+
+    # Groups
+
+    def list_groups(self) -> list[Group]:
+        """All groups, in the order they were made."""
+        return list(Group.select().order_by(Group.id))
+
+    def find_group(self, name: str) -> Group:
+        """The group of that name. Raises NotFound."""
+        group = Group.get_or_none(Group.name == name) if is_valid_name(name) else None
+        if group is None:
+            raise NotFound(f"No such group: {name}")
+        return group
+
+    def create_groups(self, names: list[str], members: list[str]) -> list[Group]:
+        """New groups with the same members, all or none. Raises BadRequest and, if there is one already, Conflict."""
+        try:
+            with self.database.atomic():
+                groups = [self._create_group(name) for name in names]
+                for group in groups:
+                    self.add_members(group, members)
+        except pw.IntegrityError:
+            raise Conflict(f"Group {', '.join(names)} already exists") from None
+        log.info("groups created: %s", ", ".join(names))
+        return groups
+
+    def _create_group(self, name):
+        if not is_valid_name(name):
+            raise BadRequest(f"Invalid group name: {name}")
+        return Group.create(name=name)
+
+    def delete_group(self, group: Group) -> None:
+        """Forget the group; its members stay users."""
+        group.delete_instance()
+        log.info("group %s deleted", group.name)
+
+    def add_members(self, group: Group, names: list[str]) -> None:
+        """Add users to the group, all or none; who is in it already stays so. Raises BadRequest for an unknown one."""
+        with self.database.atomic():
+            for user in self._known_users(names):
+                Membership.insert(user=user, group=group).on_conflict_ignore().execute()
+
+    def remove_members(self, group: Group, names: list[str]) -> None:
+        """Take users out of the group, all or none; who is not in it stays out. Raises BadRequest for an unknown one."""
+        with self.database.atomic():
+            known = self._known_users(names)
+            Membership.delete().where((Membership.group == group) & Membership.user.in_(known)).execute()
+
+    def _known_users(self, names):
+        users = [self.get_user(name) for name in names]
+        if None in users:
+            raise BadRequest(f"No such user: {names[users.index(None)]}")
+        return users
+
+    def group_models(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """The API's list of groups, in one query however many they are."""
+        members = {}
+        rows = (Membership.select(Membership.group, User.name).join(User)
+                .where(Membership.group.in_(groups)).order_by(Membership.id).tuples())
+        for group_id, name in rows:
+            members.setdefault(group_id, []).append(name)
+        return [{"kind": "group", "name": group.name, "users": members.get(group.id, [])} for group in groups]
 
     # Signing in
 
@@ -2122,6 +2207,10 @@ class HubCore:
             raise BadRequest("No such OAuth client. Its server may have been stopped: start it again")
         return client
 
+    def redirect_uri_of(self, client: OAuthClient) -> str:
+        """The only address codes for this client are sent to."""
+        return client.redirect_uri or f"{self.mount.base}services/{client.service.name}/oauth_callback"
+
     def check_client(self, identifier: str, secret: str) -> OAuthClient:
         """The client who knows that secret. Raises OAuthError."""
         client = OAuthClient.get_or_none(OAuthClient.identifier == identifier)
@@ -2142,7 +2231,7 @@ class HubCore:
                                     & (OAuthCode.expires_at > now()))
         if row is None:
             raise OAuthError("invalid_grant", "The code is not valid")
-        if redirect_uri not in (None, client.redirect_uri):
+        if redirect_uri not in (None, self.redirect_uri_of(client)):
             raise OAuthError("invalid_request", "Mismatching redirect URI.")
         if row.challenge and not verifier:
             raise OAuthError("invalid_request", "code_verifier is missing")
@@ -2243,7 +2332,8 @@ class HubCore:
         self._check_spawn_limits()
         changes = {} if keep_options else {"user_options": options}
         prefix = self.mount.server_prefix(server.user.name, server.name)
-        if self._move(server, "spawning", launch=new_token(), attempts=1, failure="", prefix=prefix, started=now(), **changes):
+        if self._move(server, "spawning", launch=new_token(), attempts=1, failure="", prefix=prefix, started=now(),
+                      last_activity=None, **changes):
             log.info("server %s: starting", server.label)
             self._launch(server)
         elif server.status != "spawning":
@@ -2457,6 +2547,164 @@ class HubCore:
             log.info("server %s: deleted", server.label)
         server.status = "deleted"
 
+    # Services
+
+    def apply_settings(self) -> None:
+        """Make the admins and services of the settings the hub's; what a hub that serves does first."""
+        self._admit_configured_admins()
+        with self.database.atomic():
+            for service in Service.select().where(Service.name.not_in([spec.name for spec in self.settings.services])):
+                self._stop_service(service)
+                service.delete_instance()
+            for spec in self.settings.services:
+                self._register_service(spec)
+
+    def _register_service(self, spec):
+        values = {"admin": spec.admin, "spec": dataclasses.asdict(dataclasses.replace(spec, api_token=""))}
+        (Service.insert(name=spec.name, **values)
+         .on_conflict(conflict_target=[Service.name], update=values).execute())
+        service = Service.get(Service.name == spec.name)
+        if spec.api_token:
+            self._set_service_token(service, spec, spec.api_token)
+        elif not spec.command:
+            self._set_service_token(service, spec, new_token())  # one that nobody knows
+
+    def _set_service_token(self, service, spec, token):
+        """Make this the token of the service, and the secret of its OAuth client."""
+        hashed = hash_token(token)
+        Token.delete().where((Token.service == service) & Token.client.is_null() & (Token.hashed != hashed)).execute()
+        (Token.insert(hashed=hashed, service=service, note=f"Service {spec.name}")
+         .on_conflict_ignore().execute())
+        if spec.client_id:
+            values = {"secret": hashed, "redirect_uri": spec.oauth_redirect_uri, "description": f"Service {spec.name}",
+                      "service": service}
+            (OAuthClient.insert(identifier=spec.client_id, **values)
+             .on_conflict(conflict_target=[OAuthClient.identifier], update=values).execute())
+
+    def list_services(self) -> list[Service]:
+        """All services, by name."""
+        return list(Service.select().order_by(Service.name))
+
+    def find_service(self, name: str) -> Service:
+        """The service of that name. Raises NotFound."""
+        service = Service.get_or_none(Service.name == name)
+        if service is None:
+            raise NotFound(f"No such service: {name}")
+        return service
+
+    def service_model(self, service: Service) -> dict[str, Any]:
+        """The API's Service."""
+        spec = ServiceSpec.of(service.spec)
+        running = service.state and poll_process(service.state) is None
+        return {"name": service.name, "admin": service.admin, "url": spec.url, "command": list(spec.command),
+                "prefix": f"{self.mount.base}services/{service.name}/" if spec.url else "",
+                "pid": service.state["pid"] if running else 0, "info": spec.info, "display": spec.display}
+
+    def _supervise_services(self):
+        """Start the services that are the hub's to run and do not; later and later when they die again at once."""
+        for service in Service.select():
+            spec = ServiceSpec.of(service.spec)
+            if not spec.command:
+                continue
+            self._heartbeat().touch()
+            alive = service.state and poll_process(service.state) is None
+            if alive and service.restarts and seconds_since(service.next_start) > STEADY_AFTER:
+                Service.update(restarts=0).where(Service.id == service.id).execute()
+            if not alive and service.next_start <= now():
+                self._start_service(service, spec)
+
+    def _heartbeat(self):
+        """The file whose age tells services whether there still is a hub."""
+        folder = Path(self.settings.run_dir).absolute()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder / "heartbeat"
+
+    def _start_service(self, service, spec):
+        next_start = now() + timedelta(seconds=min(60, 2 ** service.restarts))
+        mine = (Service.id == service.id) & (Service.next_start == service.next_start)
+        if not Service.update(next_start=next_start, restarts=Service.restarts + 1).where(mine).execute():
+            return
+        configured = next((known.api_token for known in self.settings.services if known.name == spec.name), "")
+        token = configured or new_token()
+        with self.database.atomic():
+            self._set_service_token(service, spec, token)
+        run = self._heartbeat().with_name(f"service-{spec.name}@{secrets.token_hex(4)}")
+        try:
+            state = start_process(run, spec.command, str(self._heartbeat()), SUPERVISE_SERVICE, cwd=spec.cwd or None,
+                                  env=self._service_variables(spec, token), user=spec.user or None)
+        except (OSError, KeyError, ValueError) as error:
+            log.error("service %s cannot be started: %s", spec.name, error)
+            return
+        Service.update(state=state).where(Service.id == service.id).execute()
+        log.info("service %s: started, pid %s", spec.name, state["pid"])
+
+    def _service_variables(self, spec, token):
+        """What HubAuth and HubOAuth of the package jupyterhub read (protocol: JupyterHub's Service.start)."""
+        base, prefix = self.mount.base, f"{self.mount.base}services/{spec.name}/"
+        variables = {
+            "JUPYTERHUB_SERVICE_NAME": spec.name, "JUPYTERHUB_API_TOKEN": token, "JPY_API_TOKEN": token,
+            "JUPYTERHUB_CLIENT_ID": spec.client_id, "JUPYTERHUB_HOST": "", "JUPYTERHUB_USER": spec.user,
+            "JUPYTERHUB_OAUTH_CALLBACK_URL": spec.oauth_redirect_uri or f"{prefix}oauth_callback",
+            "JUPYTERHUB_SERVER_NAME": "", "JUPYTERHUB_BASE_URL": base, "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0",
+            "JUPYTERHUB_API_URL": f"{self.settings.hub_url or self.mount.address}{base}hub/api",
+            "JUPYTERHUB_OAUTH_ACCESS_SCOPES": json.dumps([f"access:services!service={spec.name}"]),
+            "JUPYTERHUB_OAUTH_SCOPES": json.dumps([f"access:services!service={spec.name}"]),
+            "JUPYTERHUB_OAUTH_CLIENT_ALLOWED_SCOPES": "[]",
+            "JUPYTERHUB_PUBLIC_URL": self.settings.public_url and self.settings.public_url + prefix,
+            "JUPYTERHUB_PUBLIC_HUB_URL": self.settings.public_url and f"{self.settings.public_url}{base}hub/"}
+        if spec.url:
+            variables |= {"JUPYTERHUB_SERVICE_URL": spec.url, "JUPYTERHUB_SERVICE_PREFIX": prefix}
+        return {**self.settings.inherited_variables(), **variables, **spec.environment}
+
+    def _stop_service(self, service):
+        if service.state and poll_process(service.state) is None:
+            stop_process(service.state, ((0, signal.SIGTERM),))
+            log.info("service %s: stopped", service.name)
+
+    # Routes
+
+    def wanted_routes(self) -> dict[str, dict[str, Any]]:
+        """The routes that there should be: to the hub, to the servers that are ready, to the services with pages."""
+        routes = [(self.mount.base, self.mount.address, {"hub": True})]
+        routes += [(server.prefix, server.target, {"user": server.user.name, "server_name": server.name})
+                   for server in Server.select(Server, User).join(User).where(Server.status == "ready")]
+        routes += [(f"{self.mount.base}services/{spec.name}/", spec.target, {"service": spec.name})
+                   for spec in self.settings.services if spec.target]
+        return {prefix: {"routespec": prefix, "target": target, "data": data} for prefix, target, data in routes}
+
+    def check_routes(self) -> None:
+        """Make the proxy's routes those that there should be, and learn from it who was active. Raises Unavailable."""
+        actual = self.proxy.get_all_routes()  # first, so that no route is struck out that has come in between
+        self.proxy.check_routes(self.wanted_routes(), actual)
+        for route in actual.values():
+            data = route["data"]
+            user = self.get_user(data["user"]) if data.get("user") and data.get("last_activity") else None
+            if user:
+                with contextlib.suppress(BadRequest):  # its server is gone
+                    self.record_activity(user, None, {data["server_name"]: parse_time(data["last_activity"])})
+
+    def move_proxy(self, changes: dict[str, Any]) -> None:
+        """Work with another proxy, in all workers, and give it its routes. Raises BadRequest and Unavailable."""
+        if changes and not isinstance(self.proxy, ConfigurableHTTPProxy):
+            raise BadRequest("This hub carries the traffic itself. Set MINIHUB_PROXY to chp to work with another proxy")
+        for key, value in changes.items():
+            if not isinstance(value, str) and not (key == "port" and type(value) is int):
+                raise BadRequest(f"{key} must be a string")
+        if changes:
+            self.proxy.move(changes)
+            log.info("proxy: now %s", self.proxy.place()["api_url"])
+        self.check_routes()
+
+    def routes_model(self) -> dict[str, dict[str, Any]]:
+        """The API's routing table: the proxy's, with what the hub knows of activity where the proxy keeps no account."""
+        routes = self.proxy.get_all_routes()
+        active = {server.prefix: server.last_activity for server in Server.select().where(Server.status == "ready")}
+        for prefix, route in routes.items():
+            route["data"].setdefault("last_activity", isoformat(active.get(prefix)))
+        return routes
+
+    # Waiting
+
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether the condition comes true in time. At most two threads of a process wait, so that others can serve."""
         if seconds <= 0 or not self._waiting.acquire(blocking=False):
@@ -2502,25 +2750,36 @@ class HubCore:
         return {**who, "scopes": self.scopes_of(identity),
                 "session_id": identity.session_id or None, "token_id": identity.token_id and f"{kind}{identity.token_id}"}
 
-    def user_models(self, users: list[User]) -> list[dict[str, Any]]:
-        """The API's list of users, as admins see it, in three queries however many they are."""
+    def user_models(self, users: list[User], stopped: bool = False) -> list[dict[str, Any]]:
+        """The API's list of users, as admins see it, in three queries however many they are; `stopped`: with all servers."""
         groups, servers = {}, {}
         for user_id, name in Membership.select(Membership.user, Group.name).join(Group).order_by(Group.name).tuples():
             groups.setdefault(user_id, []).append(name)
-        for row in ACTIVE_SERVERS.run(self.database, "stopped"):
+        for row in ACTIVE_SERVERS.run(self.database, "" if stopped else "stopped"):
             servers.setdefault(row[0], []).append(row[1:])
         return [self._user_model(user, groups.get(user.id, []), servers.get(user.id, []), True, True) for user in users]
 
-    def list_users(self, state: str | None = None) -> list[User]:
-        """All users, or those with an active, a ready or no active server. Raises BadRequest for another `state`."""
+    def list_users(self, state: str | None = None, name_filter: str = "", sort: str = "id", offset: int = 0,
+                   limit: int | None = None) -> tuple[list[User], int]:
+        """Users from `offset` on, and how many there are in all: everybody, or those with an active, a ready or no active
+        server, whose name contains `name_filter`; `sort` is id, name or last_activity, with - for the other way round.
+
+        Raises BadRequest for another `state` or `sort`.
+        """
         statuses = {None: (), "active": ACTIVE, "inactive": ACTIVE, "ready": ("ready",)}.get(state)
+        columns = {"id": User.id, "name": User.name, "last_activity": User.last_activity}
         if statuses is None:
             raise BadRequest("state must be one of active, ready, inactive")
-        query = User.select().order_by(User.id)
+        if sort.removeprefix("-") not in columns:
+            raise BadRequest("sort must be one of id, name, last_activity, with or without a leading -")
+        column = columns[sort.removeprefix("-")]
+        query = User.select().order_by(column.desc() if sort.startswith("-") else column, User.id)
         if state:
             busy = User.id.in_(Server.select(Server.user).where(Server.status.in_(statuses)))
             query = query.where(~busy if state == "inactive" else busy)
-        return list(query)
+        if name_filter:
+            query = query.where(User.name.contains(name_filter))
+        return list(query.offset(offset).limit(limit)), query.count()
 
     def observe_pending(self, user: User | None = None) -> None:
         """Observe what is on its way from one state to another: what every list does first."""
@@ -2540,8 +2799,10 @@ class HubCore:
     def _server_model(self, user_name, show_state, name, status, state, user_options, started, last_activity):
         quoted = quote_name(user_name)
         place = f"servers/{quote_name(name)}" if name else "server"
-        return {"name": name, "last_activity": isoformat(to_moment(last_activity)),
-                "started": isoformat(to_moment(started)), "pending": PENDING.get(status), "ready": status == "ready",
+        started, last_activity = to_moment(started), to_moment(last_activity)
+        stops_at = self.stop_time(started, last_activity) if status == "ready" else None
+        extra = {**({"stops_at": isoformat(stops_at)} if stops_at else {}), **({"stopped": True} if status == "stopped" else {})}
+        return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started), "pending": PENDING.get(status), "ready": status == "ready",
                 "state": json.loads(state) if show_state and state else None,
                 "url": self.mount.server_prefix(user_name, name),
                 "user_options": json.loads(user_options) if user_options else {},
@@ -2560,10 +2821,37 @@ class HubCore:
             for server in Server.select(Server, User).join(User).where(Server.status == "ready"):
                 with contextlib.suppress(NotFound):
                     self.observe(server)
+                    self._cull(server)
+        self._supervise_services()
+        self._supervise_proxy()
         if time.monotonic() >= self._next_purge:
             self._next_purge = time.monotonic() + PURGE_AFTER
             self._purge()
         return True
+
+    def stop_time(self, started: datetime | None, last_activity: datetime | None) -> datetime | None:
+        """When a server that stays idle will be stopped, if it will. One that never reports activity is not idle."""
+        limits = [last_activity and self.settings.idle_timeout and last_activity + timedelta(seconds=self.settings.idle_timeout),
+                  started and self.settings.max_age and started + timedelta(seconds=self.settings.max_age)]
+        return min(filter(None, limits), default=None)
+
+    def _cull(self, server):
+        """Stop a server whose time is over. Nothing is deleted."""
+        due = self.stop_time(server.started, server.last_activity)
+        if server.status == "ready" and due and due <= now():
+            log.info("server %s: idle or too old", server.label)
+            self.stop(server)
+
+    def _supervise_proxy(self):
+        if isinstance(self.proxy, ConfigurableHTTPProxy):
+            self.proxy.keep_running(f"{self.settings.hub_url or self.mount.address}{self.mount.hub}")
+        if time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + CHECK_ROUTES_AFTER
+        try:
+            self.check_routes()
+        except Unavailable as error:
+            log.warning("%s; its routes will be brought up to date when it does", error)
 
     def _take_lease(self, job, seconds):
         """Whether this hub may do the job for so long: nobody else has it, or their time is over."""
@@ -2795,10 +3083,14 @@ def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, A
 
     The hub's cookies go. So does a token of the hub's, which a student's server could keep: it is replaced by one that
     says who is asking and is good for this server only, or by nothing where its owner may not enter. Others stay.
+    A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant for it.
     """
-    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), HUB_COOKIES)}
+    kept = {SERVICES_COOKIE} if "service" in data else set()
+    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), HUB_COOKIES - kept)}
     if not environ["HTTP_COOKIE"]:
         del environ["HTTP_COOKIE"]
+    if "service" in data:
+        return environ
     token = token_in(environ.get("HTTP_AUTHORIZATION"))
     if token and (identity := hub.identify_token(token)) and not is_for_server(identity, data):
         environ["HTTP_AUTHORIZATION"] = f"token {hub.exchange_token(token, identity, data)}"
@@ -2894,6 +3186,35 @@ def patience(req: falcon.Request, seconds: float) -> float:
     return seconds if req.env["wsgi.multithread"] else 0
 
 
+PAGE_TYPE = "application/jupyterhub-pagination+json"
+PAGE_LENGTH, LONGEST_PAGE = 50, 200  # JupyterHub's, for clients that know of pages; others get everything
+
+
+class Paging:
+    """The part of a list that a client asks for, and the form it wants it in."""
+
+    def __init__(self, req: falcon.Request):
+        self._req = req
+        self._paged = PAGE_TYPE in (req.get_header("Accept") or "")
+        self.offset = req.get_param_as_int("offset", min_value=0, max_value=2 ** 31, default=0)
+        self.limit = req.get_param_as_int("limit", min_value=1, max_value=2 ** 31, default=PAGE_LENGTH if self._paged else None)
+        if self._paged:
+            self.limit = min(self.limit, LONGEST_PAGE)
+
+    def model(self, items: list[Any], total: int) -> Any:
+        """The plain list, or, for clients that know of pages, an object that says where the next one is."""
+        if not self._paged:
+            return items
+        more = self.offset + len(items) < total
+        return {"items": items, "_pagination": {"offset": self.offset, "limit": self.limit, "total": total,
+                                                "next": self._next(self.offset + len(items)) if more else None}}
+
+    def _next(self, offset):
+        client, query = self._req.env["minihub.client"], {**self._req.params, "offset": offset, "limit": self.limit}
+        path = self._req.env["SCRIPT_NAME"] + self._req.path
+        return {"offset": offset, "limit": self.limit, "url": f"{client.scheme}://{client.host}{path}?{urlencode(query)}"}
+
+
 USER_KEYS = {"name": str, "admin": bool, "groups": list, "auth_state": dict}
 
 
@@ -2934,9 +3255,14 @@ class UsersResource(Resource):
 
     @falcon.before(needs_admin)
     def on_get(self, req, resp):
-        """Every user, with servers; `state` (JupyterHub 1.3) narrows them down."""
+        """Every user, with servers, or those that the filters of JupyterHub 1.3 to 5 leave."""
         self.hub.observe_pending()
-        resp.media = self.hub.user_models(self.hub.list_users(req.get_param("state")))
+        page = Paging(req)
+        users, total = self.hub.list_users(
+            req.get_param("state"), req.get_param("name_filter", default=""), req.get_param("sort", default="id"),
+            page.offset, page.limit)
+        stopped = req.get_param_as_bool("include_stopped_servers", default=False)
+        resp.media = page.model(self.hub.user_models(users, stopped), total)
 
     @falcon.before(needs_admin)
     def on_post(self, req, resp):
@@ -3208,6 +3534,140 @@ class CurrentUserResource(Resource):
         resp.media = self.hub.identity_model(req.context.identity)
 
 
+GROUP_KEYS = {"name": str, "users": list}
+
+
+class GroupsResource(Resource):
+    """`/groups`."""
+
+    @falcon.before(needs_admin)
+    def on_get(self, req, resp):
+        """Every group with its members."""
+        page, groups = Paging(req), self.hub.list_groups()
+        shown = groups[page.offset:][:page.limit]
+        resp.media = page.model(self.hub.group_models(shown), len(groups))
+
+    @falcon.before(needs_admin)
+    def on_post(self, req, resp):
+        """Create several groups with the same members: all or none."""
+        body = read_object(req, "groups", {"groups": list, "users": list})
+        if not body.get("groups"):
+            raise BadRequest("Must specify at least one group to create")
+        groups = self.hub.create_groups(read_names(body["groups"], "groups"), read_names(body.get("users", []), "users"))
+        resp.status, resp.media = 201, self.hub.group_models(groups)
+
+
+class GroupResource(Resource):
+    """`/groups/{name}`."""
+
+    @falcon.before(needs_admin)
+    def on_get(self, req, resp, name):
+        """The group with its members."""
+        resp.media = self.hub.group_models([self.hub.find_group(name)])[0]
+
+    @falcon.before(needs_admin)
+    def on_post(self, req, resp, name):
+        """Create the group, with members if the body names some."""
+        body = read_object(req, "group", GROUP_KEYS)
+        groups = self.hub.create_groups([name], read_names(body.get("users", []), "users"))
+        resp.status, resp.media = 201, self.hub.group_models(groups)[0]
+
+    @falcon.before(needs_admin)
+    def on_delete(self, req, resp, name):
+        """Forget the group."""
+        self.hub.delete_group(self.hub.find_group(name))
+        resp.status = 204
+
+
+class GroupUsersResource(Resource):
+    """`/groups/{name}/users`."""
+
+    @falcon.before(needs_admin)
+    def on_post(self, req, resp, name):
+        """Add users: all or none."""
+        self._change(req, resp, name, self.hub.add_members, "add")
+
+    @falcon.before(needs_admin)
+    def on_delete(self, req, resp, name):
+        """Take users out, named in the body, as strange as that is for DELETE."""
+        self._change(req, resp, name, self.hub.remove_members, "delete")
+
+    def _change(self, req, resp, name, change, verb):
+        group = self.hub.find_group(name)
+        body = read_object(req, "group", GROUP_KEYS, required=True)
+        if "users" not in body:
+            raise BadRequest(f"Must specify users to {verb}")
+        change(group, read_names(body["users"], "users"))
+        resp.media = self.hub.group_models([group])[0]
+
+
+class ServicesResource(Resource):
+    """`/services`."""
+
+    @falcon.before(needs_admin)
+    def on_get(self, req, resp):
+        """Every service, by name: an object, whatever the contract says, because that is what clients read."""
+        resp.media = {service.name: self.hub.service_model(service) for service in self.hub.list_services()}
+
+
+class ServiceResource(Resource):
+    """`/services/{name}`."""
+
+    @falcon.before(needs_full)
+    def on_get(self, req, resp, name):
+        """The service, for admins and for itself."""
+        identity = req.context.identity
+        require(identity.admin or (identity.kind == "service" and identity.name == name))
+        resp.media = self.hub.service_model(self.hub.find_service(name))
+
+
+class ProxyResource(Resource):
+    """`/proxy`."""
+
+    @falcon.before(needs_admin)
+    def on_get(self, req, resp):
+        """The routing table."""
+        resp.media = self.hub.routes_model()
+
+    @falcon.before(needs_admin)
+    def on_post(self, req, resp):
+        """Bring the proxy's table up to date."""
+        self.hub.check_routes()
+        resp.content_type, resp.text = falcon.MEDIA_JSON, ""
+
+    @falcon.before(needs_admin)
+    def on_patch(self, req, resp):
+        """Work with another proxy from now on, in all workers."""
+        body = read_json(req)
+        if body is None:
+            raise BadRequest("need JSON body")
+        if not isinstance(body, dict):
+            raise BadRequest("Request body must be JSON dict")
+        self.hub.move_proxy({key: body[key] for key in PROXY_KEYS if key in body})
+        resp.content_type, resp.text = falcon.MEDIA_JSON, ""
+
+
+PROXY_KEYS = ("ip", "port", "protocol", "api_url", "auth_token")
+
+
+class ShutdownResource(Resource):
+    """`/shutdown`."""
+
+    @falcon.before(needs_admin)
+    def on_post(self, req, resp):
+        """End the hub, and with it the servers and the proxy if the body or else the settings say so."""
+        body = read_json(req) or {}
+        if not isinstance(body, dict):
+            raise BadRequest("Body must be a JSON dict or empty")
+        for key, value in body.items():
+            if key in ("proxy", "servers") and value not in (True, False, 0, 1):
+                raise BadRequest(f"{key} must be true or false, got {value!r}")
+        settings = self.hub.settings
+        self.hub.shut_down(bool(body.get("servers", settings.cleanup_servers)),
+                           bool(body.get("proxy", settings.cleanup_proxy)), req.env)
+        resp.status, resp.media = 202, {"message": "Shutting down Hub"}
+
+
 class AuthorizeTokenResource(Resource):
     """`/authorizations/token[/{token}]`: the question single-user servers 1.x ask."""
 
@@ -3266,6 +3726,10 @@ def sign_in_browser(req: falcon.Request, resp: falcon.Response, hub: HubCore, us
     """Give the browser the cookies of somebody who has signed in."""
     value = cookie_signer(hub, LOGIN_COOKIE).dumps([user.id, user.session_key])
     set_hub_cookie(req, resp, LOGIN_COOKIE, value, req.env["minihub.mount"].hub, int(hub.settings.cookie_lifetime))
+    if any(spec.target for spec in hub.settings.services):  # HubAuth of JupyterHub 1.x knows people by this cookie
+        value = cookie_signer(hub, SERVICES_COOKIE).dumps([user.id, user.session_key])
+        set_hub_cookie(req, resp, SERVICES_COOKIE, value, f"{req.env['minihub.mount'].base}services",
+                       int(hub.settings.cookie_lifetime))
     ensure_session_id(req, resp)
     req.context.user = user
 
@@ -3281,13 +3745,15 @@ class AuthorizeResource(Resource):
     def on_get(self, req, resp):
         """Into one's own server at once; into somebody else's after a question."""
         client = self._check_wish(req)
-        if client.server.user_id == req.context.user.id:
+        own = client.server and client.server.user_id == req.context.user.id
+        if own or (client.service and client.service.spec["oauth_no_confirm"]):
             self._grant(req, resp, client)
         else:
-            show(req, resp, self.hub, "Open this server?", markup(
-                "<p>You are about to open the server of <b>{owner}</b>. Programs there will learn your name.</p>"
+            what = f"the server of {client.server.user.name}" if client.server else f"the service {client.service.name}"
+            show(req, resp, self.hub, "Open this?", markup(
+                "<p>You are about to open <b>{what}</b>. Programs there will learn your name.</p>"
                 "<form method=post>{xsrf}<button>Open it</button> <a class=button href={home}>Not now</a></form>",
-                owner=client.server.user.name, xsrf=xsrf_field(req, resp, self.hub), home=hub_path(req, "home")))
+                what=what, xsrf=xsrf_field(req, resp, self.hub), home=hub_path(req, "home")))
 
     @falcon.before(needs_login)
     @falcon.before(needs_xsrf)
@@ -3298,15 +3764,16 @@ class AuthorizeResource(Resource):
     def _check_wish(self, req):
         """The client that asks. Raises BadRequest, Forbidden, or HTTPFound back to a client whose address is sure."""
         client = self.hub.find_client(req.get_param("client_id", default=""))
-        if req.get_param("redirect_uri", default=client.redirect_uri) != client.redirect_uri:
+        if req.get_param("redirect_uri") not in (None, self.hub.redirect_uri_of(client)):
             raise BadRequest("Mismatching redirect URI.")
         if req.get_param("response_type") != "code":
             raise falcon.HTTPFound(self._answer(req, client, error="unsupported_response_type"))
         challenge = req.get_param("code_challenge", default="")
         if challenge and not (req.get_param("code_challenge_method") == "S256" and CHALLENGE.fullmatch(challenge)):
             raise falcon.HTTPFound(self._answer(req, client, error="invalid_request"))
-        require(self.hub.may_enter(identity_of(req.context.user), client.server.user_id),
-                f"You may not open the server of {client.server.user.name}")
+        owner = client.server and client.server.user
+        require(self.hub.may_enter(identity_of(req.context.user), owner and owner.id),
+                f"You may not open the server of {owner and owner.name}")
         return client
 
     def _grant(self, req, resp, client):
@@ -3316,7 +3783,8 @@ class AuthorizeResource(Resource):
 
     def _answer(self, req, client, **parameters):
         query = urlencode({**parameters, **({"state": req.get_param("state")} if req.get_param("state") else {})})
-        return f"{client.redirect_uri}{'&' if '?' in client.redirect_uri else '?'}{query}"
+        place = self.hub.redirect_uri_of(client)
+        return f"{place}{'&' if '?' in place else '?'}{query}"
 
 
 class OAuthTokenResource(Resource):
@@ -3539,7 +4007,8 @@ class LogoutPage(Resource):
         user = session_user(req, self.hub)
         if user:
             self.hub.sign_out(user.id, session_id_of(req))
-            for name, path in ((LOGIN_COOKIE, hub_path(req)), (SESSION_COOKIE, req.env["minihub.mount"].base)):
+            base = req.env["minihub.mount"].base
+            for name, path in ((LOGIN_COOKIE, hub_path(req)), (SESSION_COOKIE, base), (SERVICES_COOKIE, f"{base}services")):
                 resp.unset_cookie(name, path=path)
             log.info("user %s signed out", user.name)
         resp.status, resp.location = 302, self.hub.authenticator.logout_url or hub_path(req, "login")
@@ -3792,7 +4261,7 @@ class AdminPage(Resource):
                          state=f"last seen {day(isoformat(user.last_activity))}",
                          link=hub_path(req, f"admin/link/{quote_name(user.name)}"),
                          actions=[server_actions(req, resp, self.hub, server) for server in running.get(user.id, ())])
-                  for user in self.hub.list_users()]
+                  for user in self.hub.list_users()[0]]
         show(req, resp, self.hub, "People", markup(
             '{news}<form method=post class=card action="{action}">{xsrf}<h2>Add people</h2><label>Names, one a line'
             '<textarea name=names rows=4 spellcheck=false required>{names}</textarea></label><button>Add</button></form>'
@@ -3864,6 +4333,18 @@ class HealthPage(Resource):
         resp.text = ""
 
 
+class ErrorPage(Resource):
+    """`/hub/error/{code}`: what configurable-http-proxy shows when a server does not answer."""
+
+    def on_get(self, req, resp, code):
+        """Open: a page, with 200, because the proxy puts the status on it."""
+        show(req, resp, self.hub, ERROR_TITLES.get(code, "That did not work"), problem(
+            "Nothing answers at this address just now." if code in (404, 503) else f"The proxy reports error {code}."))
+
+
+ERROR_TITLES = {403: "Not for you", 404: "Nothing here", 503: "Not just now"}
+
+
 class LogoPage(Resource):
     """`/hub/logo`, which single-user servers 1.x show, too."""
 
@@ -3914,12 +4395,19 @@ ROUTES = (
     (USER + "/tokens", TokensResource, None),
     (USER + "/tokens/{token_id:text}", TokenResource, None),
     (API + "/user", CurrentUserResource, None),
+    (API + "/groups", GroupsResource, None),
+    (API + "/groups/{name:text}", GroupResource, None),
+    (API + "/groups/{name:text}/users", GroupUsersResource, None),
+    (API + "/services", ServicesResource, None),
+    (API + "/services/{name:text}", ServiceResource, None),
+    (API + "/proxy", ProxyResource, None),
     (API + "/authorizations/token", AuthorizeTokenResource, None),
     (API + "/authorizations/token/{token:text}", AuthorizeTokenResource, "token"),
     (API + "/authorizations/cookie/{cookie_name:text}", AuthorizeCookieResource, None),
     (API + "/authorizations/cookie/{cookie_name:text}/{cookie_value:text}", AuthorizeCookieResource, None),
     (API + "/oauth2/authorize", AuthorizeResource, None),
     (API + "/oauth2/token", OAuthTokenResource, None),
+    (API + "/shutdown", ShutdownResource, None),
     ("/", RootPage, None),
     ("/hub", RootPage, "bare"),
     ("/hub/", RootPage, "hub"),
@@ -3939,6 +4427,7 @@ ROUTES = (
     ("/hub/admin", AdminPage, None),
     ("/hub/admin/link/{name:text}", AdminPage, "link"),
     ("/hub/user-redirect/{rest:path}", UserRedirectPage, None),
+    ("/hub/error/{code:int}", ErrorPage, None),
     ("/hub/health", HealthPage, None),
     ("/hub/logo", LogoPage, None),
     ("/hub/security/csp-report", CspReportPage, None),
@@ -3950,10 +4439,14 @@ class Hub(HubCore):
 
     def __init__(self, **settings: Any):
         super().__init__(Settings(**settings))
+        with self.connected():
+            self.apply_settings()
+        self.disconnect()
         self._falcon = self._make_falcon()
         self._tick_lock = threading.Lock()
         self._ticking: threading.Event | None = None  # set: that ticker is to end
         self._ticker_owner = 0
+        self._owns_host = False  # true for minihub.app, which is all that its WSGI server runs
 
     def __call__(self, environ, start_response):
         """Answer a request: from a user's server if there is one for its path, else from the hub's own pages and API."""
@@ -4063,8 +4556,7 @@ class Hub(HubCore):
         elif is_api(req) or (req.path.startswith("/user/") and is_for_programs(req, req.path)):
             resp.media = {"status": status, "message": message}
         else:
-            titles = {403: "Not for you", 404: "Nothing here", 503: "Not just now"}
-            show(req, resp, self, titles.get(status, "That did not work"), problem(message), status=status)
+            show(req, resp, self, ERROR_TITLES.get(status, "That did not work"), problem(message), status=status)
 
     def _explain(self, req, error):
         if isinstance(error, HubError):
@@ -4078,6 +4570,41 @@ class Hub(HubCore):
             return 503, "The hub's database does not answer just now. Nothing is lost; try again in a moment."
         log.error("%s %s failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
+
+    # The end
+
+    def shut_down(self, servers: bool, proxy: bool, environ: dict[str, Any]) -> None:
+        """End the hub once this request is answered: services, on demand servers and proxy, then the WSGI server.
+
+        Only a gunicorn that runs `minihub:app` is ended, with all its workers. Somebody else's application is never
+        killed: the setting `on_shutdown` is called instead.
+        """
+        log.warning("shutting down%s%s", ", with all servers" if servers else "", ", with the proxy" if proxy else "")
+        if servers:
+            for running in self.running_servers().values():
+                for server in running:
+                    self.stop(server)
+        for service in self.list_services():
+            self._stop_service(service)
+            Service.update(next_start=now() + timedelta(seconds=60)).where(Service.id == service.id).execute()
+        if proxy and isinstance(self.proxy, ConfigurableHTTPProxy):
+            self.proxy.stop_running()
+        threading.Thread(target=self._end_host, args=(servers, environ), name="minihub-shutdown").start()
+
+    def _end_host(self, servers, environ):
+        """Wait for servers that are to end, as only this hub grows less polite to them, then end what runs the hub."""
+        deadline = time.monotonic() + 20
+        with self.connected():
+            while servers and time.monotonic() < deadline and self.running_servers():
+                self.observe_pending()
+                time.sleep(0.1)
+        self.disconnect()
+        if self.settings.on_shutdown:
+            self.settings.on_shutdown()
+        elif self._owns_host and "gunicorn.socket" in environ:
+            os.kill(os.getppid(), signal.SIGTERM)
+        else:
+            log.warning("the WSGI server goes on: the hub cannot end it, and the setting on_shutdown is not set")
 
     # The ticker
 
@@ -4137,6 +4664,7 @@ def __getattr__(name):
         if "app" not in globals():
             settings = Settings.from_environ()
             hub = Hub(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+            hub._owns_host = True
             hub.tick_across_forks()
             hub.start_ticker()
             globals()["app"] = hub
