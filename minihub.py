@@ -714,6 +714,13 @@ def prepare_schema(database: pw.Database):
             f" (it was written by a newer minihub than {__version__})", version)
 
 
+def upsert(key: pw.Field, which: Any, /, **columns: Any) -> None:
+    """Give the row whose unique `key` is `which` those columns, whether it exists or not."""
+    changed = [getattr(key.model, name) for name in columns]
+    (key.model.insert(**{key.name: which}, **columns)
+     .on_conflict(conflict_target=[key], preserve=changed).execute())
+
+
 def remember(key: str, value: Any) -> Any:
     """The hub's fact `key`, which becomes `value` if it is not known yet."""
     Setting.insert(key=key, value=value).on_conflict_ignore().execute()
@@ -722,8 +729,7 @@ def remember(key: str, value: Any) -> Any:
 
 def store(key: str, value: Any) -> None:
     """Make `value` the hub's fact `key`."""
-    (Setting.insert(key=key, value=value)
-     .on_conflict(conflict_target=[Setting.key], preserve=[Setting.value]).execute())
+    upsert(Setting.key, key, value=value)
 
 
 ########################################################################################################
@@ -1544,8 +1550,7 @@ class EmbeddedProxy(Proxy):
 
     def add_route(self, prefix, target, data):
         """Write the route down, for all workers at once."""
-        (Route.insert(prefix=prefix, target=target, data=data)
-         .on_conflict(conflict_target=[Route.prefix], preserve=[Route.target, Route.data]).execute())
+        upsert(Route.prefix, prefix, target=target, data=data)
 
     def delete_route(self, prefix):
         """Strike the route out, for all workers at once."""
@@ -2560,9 +2565,8 @@ class HubCore:
                 self._register_service(spec)
 
     def _register_service(self, spec):
-        values = {"admin": spec.admin, "spec": dataclasses.asdict(dataclasses.replace(spec, api_token=""))}
-        (Service.insert(name=spec.name, **values)
-         .on_conflict(conflict_target=[Service.name], update=values).execute())
+        upsert(Service.name, spec.name, admin=spec.admin,
+               spec=dataclasses.asdict(dataclasses.replace(spec, api_token="")))
         service = Service.get(Service.name == spec.name)
         if spec.api_token:
             self._set_service_token(service, spec, spec.api_token)
@@ -2576,10 +2580,8 @@ class HubCore:
         (Token.insert(hashed=hashed, service=service, note=f"Service {spec.name}")
          .on_conflict_ignore().execute())
         if spec.client_id:
-            values = {"secret": hashed, "redirect_uri": spec.oauth_redirect_uri, "description": f"Service {spec.name}",
-                      "service": service}
-            (OAuthClient.insert(identifier=spec.client_id, **values)
-             .on_conflict(conflict_target=[OAuthClient.identifier], update=values).execute())
+            upsert(OAuthClient.identifier, spec.client_id, secret=hashed, redirect_uri=spec.oauth_redirect_uri,
+                   description=f"Service {spec.name}", service=service)
 
     def list_services(self) -> list[Service]:
         """All services, by name."""

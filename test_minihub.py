@@ -136,6 +136,15 @@ class Api:
         return self.app.request(f"/hub/api{path}", method=method, body=content, status=status, headers=headers)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_hashes():
+    """Passwords that are hashed weakly, because the tests hash so many."""
+    strong = dict(minihub.SCRYPT)
+    minihub.SCRYPT["n"] = 2
+    yield
+    minihub.SCRYPT.update(strong)
+
+
 @pytest.fixture
 def spawner(answering):
     return FakeSpawner(answering)
