@@ -3358,6 +3358,8 @@ class ServerResource(Resource):
     def on_post(self, req, resp, name, server_name=""):
         """Start the server. 201: it is ready, 202: it is on its way, 500: it has failed already."""
         user, options = self.hub.find_user(name), read_json(req)
+        if options is not None and not isinstance(options, dict):
+            raise BadRequest("The options of a start must be a JSON object")
         if server_name:
             self.hub.check_named_servers()
         server = self.hub.find_or_create_server(user, server_name)
