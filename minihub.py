@@ -1777,6 +1777,7 @@ class HubCore:
         self._looked_at: dict[int, float] = {}
         self._waiting = threading.BoundedSemaphore(2)
         self._holder = secrets.token_hex(8)
+        self._proxy_is_down = False
         self._next_poll = self._next_purge = self._next_check = 0.0
         self.authenticator = _load("authenticator", settings.authenticator, AUTHENTICATORS, Authenticator)
         self.spawner = _load("spawner", settings.spawner, SPAWNERS, Spawner)
@@ -2849,11 +2850,15 @@ class HubCore:
             self.proxy.keep_running(f"{self.settings.hub_url or self.mount.address}{self.mount.hub}")
         if time.monotonic() < self._next_check:
             return
-        self._next_check = time.monotonic() + CHECK_ROUTES_AFTER
         try:
             self.check_routes()
         except Unavailable as error:
-            log.warning("%s; its routes will be brought up to date when it does", error)
+            if not self._proxy_is_down:
+                log.warning("%s; its routes will be brought up to date when it does", error)
+            self._proxy_is_down = True
+        else:
+            self._proxy_is_down = False
+            self._next_check = time.monotonic() + CHECK_ROUTES_AFTER
 
     def _take_lease(self, job, seconds):
         """Whether this hub may do the job for so long: nobody else has it, or their time is over."""

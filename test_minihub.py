@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -349,6 +350,11 @@ class LiveHub:
         return wait_for(lambda: self.api("GET", f"/users/{name}", token)[1]["servers"].get(path.partition("/")[2], {})
                         .get("ready"), 60, "the server is not ready")
 
+    def facts(self, key):
+        """What the hub's database remembers under that key."""
+        with contextlib.closing(sqlite3.connect(self.folder / "minihub.sqlite")) as database:
+            return json.loads(database.execute("SELECT value FROM settings WHERE key = ?", [key]).fetchone()[0])
+
     def workers(self):
         """The process ids of gunicorn's workers."""
         found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout
@@ -363,7 +369,7 @@ class LiveHub:
     def stop_all(self):
         """End gunicorn and whatever it has started."""
         self.stop()
-        for supervisor in (self.folder / "run").glob("*/*.pid"):
+        for supervisor in (self.folder / "run").rglob("*.pid"):
             with contextlib.suppress(OSError, ValueError):
                 os.killpg(int(supervisor.read_text().split()[0]), signal.SIGKILL)
 
