@@ -129,11 +129,12 @@ class Settings:
         object.__setattr__(self, "base_url", self.base_url.rstrip("/") + "/")
         for name in ("public_url", "hub_url"):
             value = getattr(self, name)
-            _demand(not value or urlsplit(value).hostname, name, "must look like https://host", value)
+            _demand(not value or _is_address(value), name, "must look like https://host", value)
             object.__setattr__(self, name, value.rstrip("/"))
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
-        _demand(self.cmd.strip(), "cmd", "must name a command", self.cmd)
+        words = _parse("cmd", shlex.split, self.cmd, "a command line with matching quotes")
+        _demand(words, "cmd", "must name a command", self.cmd)
         for value in self.trusted_proxies:
             _parse("trusted_proxies", ipaddress.ip_network, value, "an IP address or network")
 
@@ -191,6 +192,14 @@ class SettingError(ValueError):
 def _demand(condition, setting, problem, value):
     if not condition:
         raise SettingError(setting, problem, value)
+
+
+def _is_address(value):
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _parse(setting, convert, value, expected):
@@ -1558,6 +1567,7 @@ class HubCore:
         for hook in (self.authenticator, self.spawner, self.proxy):
             hook.settings = settings
         self.proxy.splicer = self.splicer = Splicer(settings.proxy_idle_timeout)
+        self._check_database()
         with self.connected():
             prepare_schema(self.database)
             self.secret = remember("cookie_secret", secrets.token_hex(32))
@@ -1565,6 +1575,16 @@ class HubCore:
         self.disconnect()  # a fork must not inherit the connection
 
     # The database
+
+    def _check_database(self):
+        """Raises SettingError for a database that cannot be opened: no server there, or a file of another kind."""
+        try:
+            with self.connected():
+                self.database.get_tables()
+        except (pw.DatabaseError, pw.ImproperlyConfigured) as error:
+            # A URL can hold a password, a file's name is not secret.
+            shown = re.sub(r"//[^/]*@", "//...@", self.settings.database)
+            raise SettingError("database", f"cannot be used ({str(error).splitlines()[0]})", shown) from None
 
     @property
     def database(self) -> pw.Database:
