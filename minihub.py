@@ -43,6 +43,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -54,6 +55,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -1554,7 +1556,6 @@ class HubCore:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self._temporary = None
         self._databases: dict[int, pw.Database] = {}
         self._mount: Mount | None = None
         self._looked_at: dict[int, float] = {}
@@ -1599,8 +1600,9 @@ class HubCore:
         each a memory of its own."""
         if self.settings.database not in ("sqlite:///:memory:", "sqlite://:memory:", "sqlite:///"):
             return self.settings.database
-        self._temporary = tempfile.TemporaryDirectory(prefix="minihub-", ignore_cleanup_errors=True)
-        return f"sqlite:///{self._temporary.name}/memory.sqlite"
+        folder = tempfile.mkdtemp(prefix="minihub-")
+        weakref.finalize(self, remove_folder, folder, os.getpid())
+        return f"sqlite:///{folder}/memory.sqlite"
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -2395,6 +2397,12 @@ class HubCore:
 
 
 PROXIES = {"embedded": EmbeddedProxy}
+
+
+def remove_folder(path: str, maker: int) -> None:
+    """Delete a folder, if the process that made it is the one that asks: its forks end earlier, and live in it, too."""
+    if os.getpid() == maker:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def challenge_of(verifier: str) -> str:
