@@ -337,9 +337,23 @@ def parse_time(text: Any) -> datetime:
         # Python before 3.11 knows neither Z nor a fraction of other than 3 or 6 digits.
         plain = re.sub(r"(\.\d{1,6})\d*", lambda match: match[1].ljust(7, "0"), text.strip().replace("Z", "+00:00"))
         moment = datetime.fromisoformat(plain)
-        return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc)
+        moment = moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc)
     except (ValueError, TypeError, AttributeError, OverflowError):
-        raise BadRequest(f"Not a valid timestamp: {text!r}") from None
+        raise BadRequest(f"Not a valid timestamp: {shortened(text)}") from None
+    if moment.year < 1970:  # and the year 1 has no yesterday
+        raise BadRequest(f"Not a valid timestamp: {shortened(text)}")
+    return moment
+
+
+def shortened(value: Any) -> str:
+    """A value as a message can quote it, however much a client has sent."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def storable(text: str) -> str:
+    """`text` without what a database refuses: PostgreSQL a NUL, every one a lone surrogate."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def new_token() -> str:
@@ -2686,7 +2700,7 @@ def read_object(req: falcon.Request, owner: str, allowed: dict[str, type], requi
     if value is None and not required:
         return {}
     if not isinstance(value, dict):
-        raise BadRequest(f"Invalid JSON data: {value!r}")
+        raise BadRequest(f"Invalid JSON data: {shortened(value)}")
     return check_keys(value, owner, allowed)
 
 
