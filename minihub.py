@@ -492,7 +492,7 @@ class Lease(Row):
 class Failure(Row):
     """Failed sign-ins in a row, by name, by address and by both; `until` is when they are forgotten."""
 
-    key = pw.CharField(primary_key=True)
+    key = pw.CharField(primary_key=True, max_length=512)
     count = pw.IntegerField()
     until = MomentField()
 
@@ -544,7 +544,7 @@ class Server(Row):
     attempts = pw.IntegerField(default=0)
     state = JSONField(null=True)
     target = pw.CharField(null=True, unique=True)  # http://host:port; unique, so that two servers never share a port
-    prefix = pw.CharField(default="")
+    prefix = pw.TextField(default="")
     user_options = JSONField(null=True)
     failure = pw.TextField(default="")
     forget = pw.BooleanField(default=False)        # delete the row once the server has stopped
@@ -566,10 +566,10 @@ class Server(Row):
 class OAuthClient(Row):
     """Who may ask for OAuth codes: a user's server (one registration a launch)."""
 
-    identifier = pw.CharField(unique=True)
+    identifier = pw.TextField(unique=True)  # holds the user's name, quoted, and so up to twelve times as long
     secret = pw.CharField()
     redirect_uri = pw.TextField()
-    description = pw.CharField(max_length=1023)
+    description = pw.TextField()
     server = pw.ForeignKeyField(Server, null=True, backref="clients", on_delete="CASCADE")
 
 
@@ -602,7 +602,7 @@ class OAuthCode(Row):
 class Route(Row):
     """Where the embedded proxy sends what lies below a prefix, and whose that is."""
 
-    prefix = pw.CharField(primary_key=True, max_length=1023)
+    prefix = pw.TextField(primary_key=True)
     target = pw.CharField()
     data = JSONField()
 
@@ -1772,7 +1772,7 @@ class HubCore:
 
         Raises TooMany when the name or the address has failed too often.
         """
-        name = self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH]
+        name = storable(self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH])
         keys = {template.format(name=name, address=address): limit for template, limit in FAILURES}
         self._check_failures(keys)
         found = self.authenticator.authenticate(credentials, environ)
@@ -1952,14 +1952,14 @@ class HubCore:
 
     def find_client(self, identifier: str) -> OAuthClient:
         """The registered OAuth client. Raises BadRequest."""
-        client = OAuthClient.get_or_none(OAuthClient.identifier == identifier)
+        client = OAuthClient.get_or_none(OAuthClient.identifier == storable(identifier))
         if client is None:
             raise BadRequest("No such OAuth client. Its server may have been stopped: start it again")
         return client
 
     def check_client(self, identifier: str, secret: str) -> OAuthClient:
         """The client who knows that secret. Raises OAuthError."""
-        client = OAuthClient.get_or_none(OAuthClient.identifier == identifier)
+        client = OAuthClient.get_or_none(OAuthClient.identifier == storable(identifier))
         if client is None or not hmac.compare_digest(client.secret, hash_token(secret)):
             raise OAuthError("invalid_client", "No such client, or not its secret", 401)
         return client
@@ -2036,7 +2036,7 @@ class HubCore:
 
     def get_server(self, user: User, name: str) -> Server | None:
         """The user's server of that name; the default one, named "", has existed as long as the user."""
-        return Server.get_or_none((Server.user == user) & (Server.name == name))
+        return Server.get_or_none((Server.user == user) & (Server.name == storable(name)))
 
     def find_server(self, user: User, name: str) -> Server:
         """The user's server of that name. Raises NotFound."""
@@ -2270,7 +2270,7 @@ class HubCore:
         if server.state and self.spawner.poll(server.state) is None:
             self.spawner.stop(server.state, now=True)
         with self.database.atomic():
-            if not self._move(server, "stopped", state=None, target=None, failure=failure):
+            if not self._move(server, "stopped", state=None, target=None, failure=storable(failure)):
                 return
             self.proxy.delete_route(self._path_of(server))
             self._revoke(server)
