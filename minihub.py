@@ -2665,6 +2665,7 @@ def is_for_server(identity: Identity, data: dict[str, Any]) -> bool:
 ########################################################################################################
 
 BODY_LIMIT = 4 * 1024 * 1024  # bytes: some 100,000 user names
+DEPTH_LIMIT = 100  # lists and objects in one another; Python reads some 900 but may then fail to write them
 NEVER = 100 * 365 * 24 * 3600  # seconds; a longer life than that is no number worth adding to a date
 
 
@@ -2684,14 +2685,24 @@ def read_json(req: falcon.Request) -> Any:
         return None
     try:
         value = json.loads(body, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+        # A lone surrogate is no text, and 1e999 is read as an infinity.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise BadRequest("Invalid JSON in body of request") from None
+    if is_deeper(value, DEPTH_LIMIT):
+        raise BadRequest("Invalid JSON in body of request: it is nested too deeply")
     return value
 
 
 def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value has lists and objects in one another, more than so many levels deep."""
+    if not isinstance(value, (list, dict)):
+        return False
+    return levels == 0 or any(is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def read_object(req: falcon.Request, owner: str, allowed: dict[str, type], required: bool = False) -> dict[str, Any]:
