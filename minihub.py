@@ -2065,6 +2065,7 @@ class HubCore:
 
         Returns at once; `observe` tells how it went. Raises BadRequest if it runs or is stopping, TooMany at a limit.
         """
+        self._looked_at.pop(server.id, None)  # whoever wants to start it may know that it has just ended
         self.observe(server)
         if server.status == "spawning":
             return
