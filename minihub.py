@@ -3090,7 +3090,8 @@ class AuthorizeTokenResource(Resource):
     def _meant(self, identity, name):
         if not name:
             return self.hub.find_user(identity.name)
-        require(identity.admin or name == identity.name, "Only admins can request tokens for other users.")
+        own = self.hub.authenticator.normalize(str(name)) == identity.name
+        require(own or identity.admin, "Only admins can request tokens for other users.")
         user = self.hub.get_user(str(name))
         if user is None:
             raise BadRequest(f"No such user '{name}'")
