@@ -1944,9 +1944,11 @@ class HubCore:
         log.info("a token of user %s revoked", token.user.name)
 
     def sign_out(self, user_id: int, session_id: str) -> None:
-        """End what a browser session has been given: its OAuth tokens, so that notebook pages ask again."""
+        """End what a browser session has been given: its OAuth tokens and codes, so that notebook pages ask again."""
         if session_id:
-            Token.delete().where((Token.user == user_id) & (Token.session_id == session_id)).execute()
+            with self.database.atomic():
+                for model in (OAuthCode, Token):
+                    model.delete().where((model.user == user_id) & (model.session_id == session_id)).execute()
 
     # OAuth
 
