@@ -1703,7 +1703,8 @@ class HubCore:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
         with self.database.atomic():
-            existing = {row.name for row in User.select(User.name).where(User.name.in_(wanted))}
+            existing = {row.name for part in pw.chunked(wanted, 500)  # SQLite takes only so many values at once
+                        for row in User.select(User.name).where(User.name.in_(part))}
             new = [name for name in wanted if name not in existing]
             if not new:
                 raise Conflict(f"All {len(wanted)} users already exist")
