@@ -3797,6 +3797,9 @@ ROUTES = (
 )
 
 
+NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
+
+
 class Hub(HubCore):
     """A notebook hub as a WSGI application. Takes the fields of `Settings` as keywords; raises SettingError."""
 
@@ -3820,8 +3823,12 @@ class Hub(HubCore):
                 return self._forward(environ, start_response, *route)
         except DatabaseTrouble as error:
             log.error("the database does not answer: %s", error)
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain"), ("Retry-After", "5")])
-            return [b"The hub's database does not answer just now. Nothing is lost; try again in a moment.\n"]
+            is_for_program = API in environ.get("PATH_INFO", "")
+            kind = falcon.MEDIA_JSON if is_for_program else falcon.MEDIA_TEXT
+            text = json.dumps({"status": 503, "message": NO_DATABASE}) if is_for_program else NO_DATABASE
+            start_response("503 Service Unavailable", [("Content-Type", kind), ("Retry-After", "5"),
+                                                       ("X-JupyterHub-Version", API_VERSION)])
+            return [text.encode()]
 
     def _below_base(self, environ):
         """The request as seen from inside the hub: base_url belongs to the mount point, and who asks is worked out."""
@@ -3900,7 +3907,8 @@ class Hub(HubCore):
         resp.set_header("X-Content-Type-Options", "nosniff")
         if is_api(req):
             resp.set_header("Access-Control-Allow-Headers", "accept, content-type, authorization")
-            resp.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'self'")
+            resp.set_header("Content-Security-Policy", "frame-ancestors 'self'; default-src 'none';"
+                            f" report-uri {hub_path(req, 'security/csp-report')}")
 
     def _on_error(self, req, resp, error, params):
         """Say what went wrong: JSON to programs, a page to people; never what is inside."""
@@ -3922,12 +3930,12 @@ class Hub(HubCore):
         if isinstance(error, HubError):
             return error.status, error.message
         if isinstance(error, falcon.HTTPError):
-            return error.status_code, error.description or error.title
+            return error.status_code, error.description or error.title.removeprefix(f"{error.status_code} ")
         req.context.user = None  # who is signed in is in the database
         if isinstance(error, DatabaseTrouble):
             log.error("the database does not answer: %s", error)
             self.disconnect()
-            return 503, "The hub's database does not answer just now. Nothing is lost; try again in a moment."
+            return 503, NO_DATABASE
         log.error("%s %s failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
 
