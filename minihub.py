@@ -44,6 +44,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -55,6 +56,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -139,11 +141,12 @@ class Settings:
         object.__setattr__(self, "base_url", self.base_url.rstrip("/") + "/")
         for name in ("public_url", "hub_url"):
             value = getattr(self, name)
-            _demand(not value or urlsplit(value).hostname, name, "must look like https://host", value)
+            _demand(not value or _is_address(value), name, "must look like https://host", value)
             object.__setattr__(self, name, value.rstrip("/"))
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
-        _demand(self.cmd.strip(), "cmd", "must name a command", self.cmd)
+        words = _parse("cmd", shlex.split, self.cmd, "a command line with matching quotes")
+        _demand(words, "cmd", "must name a command", self.cmd)
         specs = [ServiceSpec.of(value) for value in self.services]
         _demand(len({spec.name for spec in specs}) == len(specs), "services", "must have different names",
                 [spec.name for spec in specs])
@@ -269,6 +272,14 @@ class SettingError(ValueError):
 def _demand(condition, setting, problem, value):
     if not condition:
         raise SettingError(setting, problem, value)
+
+
+def _is_address(value):
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _parse(setting, convert, value, expected):
@@ -406,9 +417,23 @@ def parse_time(text: Any) -> datetime:
         # Python before 3.11 knows neither Z nor a fraction of other than 3 or 6 digits.
         plain = re.sub(r"(\.\d{1,6})\d*", lambda match: match[1].ljust(7, "0"), text.strip().replace("Z", "+00:00"))
         moment = datetime.fromisoformat(plain)
-        return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc)
+        moment = moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc)
     except (ValueError, TypeError, AttributeError, OverflowError):
-        raise BadRequest(f"Not a valid timestamp: {text!r}") from None
+        raise BadRequest(f"Not a valid timestamp: {shortened(text)}") from None
+    if moment.year < 1970:  # and the year 1 has no yesterday
+        raise BadRequest(f"Not a valid timestamp: {shortened(text)}")
+    return moment
+
+
+def shortened(value: Any) -> str:
+    """A value as a message can quote it, however much a client has sent."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def storable(text: str) -> str:
+    """`text` without what a database refuses: PostgreSQL a NUL, every one a lone surrogate."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def new_token() -> str:
@@ -545,7 +570,7 @@ class Lease(Row):
 class Failure(Row):
     """Failed sign-ins in a row, by name, by address and by both; `until` is when they are forgotten."""
 
-    key = pw.CharField(primary_key=True)
+    key = pw.CharField(primary_key=True, max_length=512)
     count = pw.IntegerField()
     until = MomentField()
 
@@ -597,7 +622,7 @@ class Server(Row):
     attempts = pw.IntegerField(default=0)
     state = JSONField(null=True)
     target = pw.CharField(null=True, unique=True)  # http://host:port; unique, so that two servers never share a port
-    prefix = pw.CharField(default="")
+    prefix = pw.TextField(default="")
     user_options = JSONField(null=True)
     failure = pw.TextField(default="")
     forget = pw.BooleanField(default=False)        # delete the row once the server has stopped
@@ -631,10 +656,10 @@ class Service(Row):
 class OAuthClient(Row):
     """Who may ask for OAuth codes: a user's server (one registration a launch) or a service."""
 
-    identifier = pw.CharField(unique=True)
+    identifier = pw.TextField(unique=True)  # holds the user's name, quoted, and so up to twelve times as long
     secret = pw.CharField()
     redirect_uri = pw.TextField()
-    description = pw.CharField(max_length=1023)
+    description = pw.TextField()
     server = pw.ForeignKeyField(Server, null=True, backref="clients", on_delete="CASCADE")
     service = pw.ForeignKeyField(Service, null=True, backref="clients", on_delete="CASCADE")
 
@@ -675,7 +700,7 @@ class OAuthCode(Row):
 class Route(Row):
     """Where the embedded proxy sends what lies below a prefix, and whose that is."""
 
-    prefix = pw.CharField(primary_key=True, max_length=1023)
+    prefix = pw.TextField(primary_key=True)
     target = pw.CharField()
     data = JSONField()
 
@@ -1771,7 +1796,6 @@ class HubCore:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self._temporary = None
         self._databases: dict[int, pw.Database] = {}
         self._mount: Mount | None = None
         self._looked_at: dict[int, float] = {}
@@ -1785,12 +1809,23 @@ class HubCore:
         for hook in (self.authenticator, self.spawner, self.proxy):
             hook.settings = settings
         self.proxy.splicer = self.splicer = Splicer(settings.proxy_idle_timeout)
+        self._check_database()
         with self.connected():
             prepare_schema(self.database)
             self.secret = remember("cookie_secret", secrets.token_hex(32))
         self.disconnect()  # a fork must not inherit the connection
 
     # The database
+
+    def _check_database(self):
+        """Raises SettingError for a database that cannot be opened: no server there, or a file of another kind."""
+        try:
+            with self.connected():
+                self.database.get_tables()
+        except (pw.DatabaseError, pw.ImproperlyConfigured) as error:
+            # A URL can hold a password, a file's name is not secret.
+            shown = re.sub(r"//[^/]*@", "//...@", self.settings.database)
+            raise SettingError("database", f"cannot be used ({str(error).splitlines()[0]})", shown) from None
 
     @property
     def database(self) -> pw.Database:
@@ -1805,8 +1840,9 @@ class HubCore:
         each a memory of its own."""
         if self.settings.database not in ("sqlite:///:memory:", "sqlite://:memory:", "sqlite:///"):
             return self.settings.database
-        self._temporary = tempfile.TemporaryDirectory(prefix="minihub-", ignore_cleanup_errors=True)
-        return f"sqlite:///{self._temporary.name}/memory.sqlite"
+        folder = tempfile.mkdtemp(prefix="minihub-")
+        weakref.finalize(self, remove_folder, folder, os.getpid())
+        return f"sqlite:///{folder}/memory.sqlite"
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -1893,7 +1929,8 @@ class HubCore:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
         with self.database.atomic():
-            existing = {row.name for row in User.select(User.name).where(User.name.in_(wanted))}
+            existing = {row.name for part in pw.chunked(wanted, 500)  # SQLite takes only so many values at once
+                        for row in User.select(User.name).where(User.name.in_(part))}
             new = [name for name in wanted if name not in existing]
             if not new:
                 raise Conflict(f"All {len(wanted)} users already exist")
@@ -2024,7 +2061,7 @@ class HubCore:
 
         Raises TooMany when the name or the address has failed too often.
         """
-        name = self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH]
+        name = storable(self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH])
         keys = {template.format(name=name, address=address): limit for template, limit in FAILURES}
         self._check_failures(keys)
         found = self.authenticator.authenticate(credentials, environ)
@@ -2200,15 +2237,17 @@ class HubCore:
         log.info("a token of user %s revoked", token.user.name)
 
     def sign_out(self, user_id: int, session_id: str) -> None:
-        """End what a browser session has been given: its OAuth tokens, so that notebook pages ask again."""
+        """End what a browser session has been given: its OAuth tokens and codes, so that notebook pages ask again."""
         if session_id:
-            Token.delete().where((Token.user == user_id) & (Token.session_id == session_id)).execute()
+            with self.database.atomic():
+                for model in (OAuthCode, Token):
+                    model.delete().where((model.user == user_id) & (model.session_id == session_id)).execute()
 
     # OAuth
 
     def find_client(self, identifier: str) -> OAuthClient:
         """The registered OAuth client. Raises BadRequest."""
-        client = OAuthClient.get_or_none(OAuthClient.identifier == identifier)
+        client = OAuthClient.get_or_none(OAuthClient.identifier == storable(identifier))
         if client is None:
             raise BadRequest("No such OAuth client. Its server may have been stopped: start it again")
         return client
@@ -2219,7 +2258,7 @@ class HubCore:
 
     def check_client(self, identifier: str, secret: str) -> OAuthClient:
         """The client who knows that secret. Raises OAuthError."""
-        client = OAuthClient.get_or_none(OAuthClient.identifier == identifier)
+        client = OAuthClient.get_or_none(OAuthClient.identifier == storable(identifier))
         if client is None or not hmac.compare_digest(client.secret, hash_token(secret)):
             raise OAuthError("invalid_client", "No such client, or not its secret", 401)
         return client
@@ -2297,7 +2336,7 @@ class HubCore:
 
     def get_server(self, user: User, name: str) -> Server | None:
         """The user's server of that name; the default one, named "", has existed as long as the user."""
-        return Server.get_or_none((Server.user == user) & (Server.name == name))
+        return Server.get_or_none((Server.user == user) & (Server.name == storable(name)))
 
     def find_server(self, user: User, name: str) -> Server:
         """The user's server of that name. Raises NotFound."""
@@ -2326,6 +2365,7 @@ class HubCore:
 
         Returns at once; `observe` tells how it went. Raises BadRequest if it runs or is stopping, TooMany at a limit.
         """
+        self._looked_at.pop(server.id, None)  # whoever wants to start it may know that it has just ended
         self.observe(server)
         if server.status == "spawning":
             return
@@ -2534,7 +2574,7 @@ class HubCore:
         if server.state and self.spawner.poll(server.state) is None:
             self.spawner.stop(server.state, now=True)
         with self.database.atomic():
-            if not self._move(server, "stopped", state=None, target=None, failure=failure):
+            if not self._move(server, "stopped", state=None, target=None, failure=storable(failure)):
                 return
             self._revoke(server)
             if server.forget:
@@ -2875,6 +2915,12 @@ class HubCore:
         Failure.delete().where(Failure.until <= now()).execute()
 
 
+def remove_folder(path: str, maker: int) -> None:
+    """Delete a folder, if the process that made it is the one that asks: its forks end earlier, and live in it, too."""
+    if os.getpid() == maker:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def challenge_of(verifier: str) -> str:
     """The S256 challenge that a PKCE verifier meets (RFC 7636, 4.2)."""
     digest = hashlib.sha256(verifier.encode("utf-8", "surrogateescape")).digest()
@@ -3126,6 +3172,7 @@ def is_for_server(identity: Identity, data: dict[str, Any]) -> bool:
 ########################################################################################################
 
 BODY_LIMIT = 4 * 1024 * 1024  # bytes: some 100,000 user names
+DEPTH_LIMIT = 100  # lists and objects in one another; Python reads some 900 but may then fail to write them
 NEVER = 100 * 365 * 24 * 3600  # seconds; a longer life than that is no number worth adding to a date
 
 
@@ -3145,14 +3192,24 @@ def read_json(req: falcon.Request) -> Any:
         return None
     try:
         value = json.loads(body, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+        # A lone surrogate is no text, and 1e999 is read as an infinity.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise BadRequest("Invalid JSON in body of request") from None
+    if is_deeper(value, DEPTH_LIMIT):
+        raise BadRequest("Invalid JSON in body of request: it is nested too deeply")
     return value
 
 
 def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value has lists and objects in one another, more than so many levels deep."""
+    if not isinstance(value, (list, dict)):
+        return False
+    return levels == 0 or any(is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def read_object(req: falcon.Request, owner: str, allowed: dict[str, type], required: bool = False) -> dict[str, Any]:
@@ -3161,7 +3218,7 @@ def read_object(req: falcon.Request, owner: str, allowed: dict[str, type], requi
     if value is None and not required:
         return {}
     if not isinstance(value, dict):
-        raise BadRequest(f"Invalid JSON data: {value!r}")
+        raise BadRequest(f"Invalid JSON data: {shortened(value)}")
     return check_keys(value, owner, allowed)
 
 
@@ -3711,7 +3768,8 @@ class AuthorizeTokenResource(Resource):
             if identity.kind == "service":
                 raise BadRequest("A service must say whose token it wants, as username")
             return self.hub.find_user(identity.name)
-        require(identity.admin or (identity.kind == "user" and name == identity.name), "Only admins can request tokens for other users.")
+        own = identity.kind == "user" and self.hub.authenticator.normalize(str(name)) == identity.name
+        require(own or identity.admin, "Only admins can request tokens for other users.")
         user = self.hub.get_user(str(name))
         if user is None:
             raise BadRequest(f"No such user '{name}'")
@@ -4443,6 +4501,9 @@ ROUTES = (
 )
 
 
+NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
+
+
 class Hub(HubCore):
     """A notebook hub as a WSGI application. Takes the fields of `Settings` as keywords; raises SettingError."""
 
@@ -4470,8 +4531,12 @@ class Hub(HubCore):
                 return self._forward(environ, start_response, *route)
         except DatabaseTrouble as error:
             log.error("the database does not answer: %s", error)
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain"), ("Retry-After", "5")])
-            return [b"The hub's database does not answer just now. Nothing is lost; try again in a moment.\n"]
+            is_for_program = API in environ.get("PATH_INFO", "")
+            kind = falcon.MEDIA_JSON if is_for_program else falcon.MEDIA_TEXT
+            text = json.dumps({"status": 503, "message": NO_DATABASE}) if is_for_program else NO_DATABASE
+            start_response("503 Service Unavailable", [("Content-Type", kind), ("Retry-After", "5"),
+                                                       ("X-JupyterHub-Version", API_VERSION)])
+            return [text.encode()]
 
     def _below_base(self, environ):
         """The request as seen from inside the hub: base_url belongs to the mount point, and who asks is worked out."""
@@ -4550,7 +4615,8 @@ class Hub(HubCore):
         resp.set_header("X-Content-Type-Options", "nosniff")
         if is_api(req):
             resp.set_header("Access-Control-Allow-Headers", "accept, content-type, authorization")
-            resp.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'self'")
+            resp.set_header("Content-Security-Policy", "frame-ancestors 'self'; default-src 'none';"
+                            f" report-uri {hub_path(req, 'security/csp-report')}")
 
     def _on_error(self, req, resp, error, params):
         """Say what went wrong: JSON to programs, a page to people; never what is inside."""
@@ -4571,12 +4637,12 @@ class Hub(HubCore):
         if isinstance(error, HubError):
             return error.status, error.message
         if isinstance(error, falcon.HTTPError):
-            return error.status_code, error.description or error.title
+            return error.status_code, error.description or error.title.removeprefix(f"{error.status_code} ")
         req.context.user = None  # who is signed in is in the database
         if isinstance(error, DatabaseTrouble):
             log.error("the database does not answer: %s", error)
             self.disconnect()
-            return 503, "The hub's database does not answer just now. Nothing is lost; try again in a moment."
+            return 503, NO_DATABASE
         log.error("%s %s failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
 
