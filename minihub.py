@@ -130,7 +130,7 @@ class Settings:
     cleanup_servers: bool = False               # POST /shutdown also stops the servers, unless its body says otherwise
     cleanup_proxy: bool = True                  # POST /shutdown also stops a proxy that the hub has started
     on_shutdown: Any = None                     # called, without arguments, in place of ending the WSGI server
-    proxy_idle_timeout: float = 3600            # a proxied connection without a byte for so long is closed
+    proxy_idle_timeout: float = 3600            # a proxied connection without a byte for so long is closed, 0 = never
     tick_interval: float = 1                    # pause between two rounds of the ticker, 0 = call hub.tick() yourself
     process_variables: Any = None               # the variables that env_keep chooses from; default: this process's
 
@@ -903,9 +903,10 @@ def start_process(run: Path, words: Iterable[str], note: str, script: str = SUPE
     with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
         process = subprocess.Popen(["/bin/sh", "-c", script, str(run), note, *words], stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=output, start_new_session=True, **options)
+    state = process_state(run, process.pid)  # before anybody waits, and the number can be somebody else's
     # The kernel keeps a zombie until somebody waits for it.
     threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
-    return process_state(run, process.pid)
+    return state
 
 
 def process_state(run: Path, pid: int) -> dict[str, Any]:
@@ -913,14 +914,20 @@ def process_state(run: Path, pid: int) -> dict[str, Any]:
     return {"pid": pid, "identity": process_identity(pid), "run": str(run)}
 
 
+def is_process_running(state: dict[str, Any]) -> bool:
+    """Whether it lives: not just its number, which may be somebody else's by now."""
+    return state["identity"] is not None and process_identity(state["pid"]) == state["identity"]
+
+
 def poll_process(state: dict[str, Any]) -> int | None:
     """None while it lives, else the exit status that its supervisor has written; -9 if that was killed itself."""
-    if process_identity(state["pid"]) == state["identity"]:
+    if is_process_running(state):
         return None
     try:
-        return int(Path(f"{state['run']}.exit").read_text())
+        status = int(Path(f"{state['run']}.exit").read_text())
     except (FileNotFoundError, ValueError):
         return -signal.SIGKILL
+    return 128 - status if status > 128 else status  # how a shell spells the signal that ended a command
 
 
 def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dict[str, Any]:
@@ -928,7 +935,7 @@ def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dic
     asked = state.get("asked_to_stop") or time.time()
     sent = state.get("signals_sent", 0)
     due = len(ladder) if now else sum(time.time() >= asked + after for after, _ in ladder)
-    if due > sent and process_identity(state["pid"]) == state["identity"]:
+    if due > sent and is_process_running(state):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state["pid"], ladder[due - 1][1])
     return {**state, "asked_to_stop": asked, "signals_sent": max(due, sent)}
@@ -959,9 +966,18 @@ class SubprocessSpawner(Spawner):
         words = [self._fill(word, server) for word in shlex.split(self.settings.cmd)]
         if "{port}" not in self.settings.cmd:
             words.append(f"--port={server.port}")  # jupyterhub-singleuser 1.x knows no other way
-        if Path(words[0]).name in ("jupyterhub-singleuser", "jupyter-labhub") and os.geteuid() == 0:
-            words.append("--allow-root")  # Jupyter wants to be told
+        if Path(words[0]).name in ("jupyterhub-singleuser", "jupyter-labhub"):
+            words += self._singleuser_options(server)
         return words
+
+    def _singleuser_options(self, server):
+        """What 1.x reads on the command line and nowhere else, and the word that Jupyter wants to hear from root."""
+        options = ["--allow-root"] if os.geteuid() == 0 else []
+        if self.settings.notebook_dir:
+            options.append(f"--notebook-dir={self._notebook_dir(server)}")
+        if self.settings.default_url:
+            options.append(f"--SingleUserNotebookApp.default_url={self.settings.default_url}")
+        return options
 
     def environment(self, server: Launch) -> dict[str, str]:
         """All the variables the server starts with."""
@@ -996,10 +1012,12 @@ class SubprocessSpawner(Spawner):
             pid, target = run.with_name(f"{run.name}.pid").read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return {**process_state(run, int(pid)), "target": target}
+        state = {**process_state(run, int(pid)), "target": target}
+        # The number may be somebody else's by now; the supervisor's command line holds the name of this launch.
+        return state if str(run) in command_line(state["pid"]) else {**state, "identity": None}
 
     def poll(self, state):
-        """The exit status as the shell tells it: 128 and more are signals; -9 if the supervisor was killed itself."""
+        """The exit status that the supervisor has written, negative for a signal; -9 if it was killed itself."""
         return poll_process(state)
 
     def stop(self, state, now=False):
@@ -1015,7 +1033,8 @@ class SubprocessSpawner(Spawner):
         return folder / f"server{'-' if server.name else ''}{server.name}@{server.id}"
 
     def _notebook_dir(self, server):
-        return self.home(server) / Path(self._fill(self.settings.notebook_dir, server)).expanduser()
+        folder = re.sub(r"^~(/|$)", "", self.settings.notebook_dir)  # the user's home, not the hub's
+        return self.home(server) / self._fill(folder, server)
 
     def _fill(self, text, server):
         """`text` with its placeholders filled in; not str.format, because commands may hold other braces."""
@@ -1045,8 +1064,20 @@ def process_identity(pid: int) -> str | None:
 
 
 def _identity_from_ps(pid):
-    words = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.split()
+    words = _ask_ps(pid, "stat=,lstart=").split()
     return None if not words or words[0].startswith("Z") else " ".join(words[1:])
+
+
+def command_line(pid: int) -> str:
+    """The words a process was started with, or "" if there is none of that number."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return "" if sys.platform == "linux" else _ask_ps(pid, "command=")
+
+
+def _ask_ps(pid, columns):
+    return subprocess.run(["ps", "-ww", "-o", columns, "-p", str(pid)], capture_output=True, text=True).stdout
 
 
 ########################################################################################################
@@ -1087,6 +1118,8 @@ class Proxy:
 
 # The text of HTTP/1.1 (RFC 9112), without any I/O.
 
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: what a header's name is made of
+LINE_BREAKS = re.compile(r"[\r\n\0]")               # RFC 9110, 5.5: what no header's value may hold
 HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
@@ -1128,10 +1161,14 @@ class Client:
 
 def is_within(address: str, networks: Iterable) -> bool:
     """Whether the address lies in one of the networks; a unix socket's peer, which has none, does."""
+    if not address:
+        return True
     try:
-        return not address or any(ipaddress.ip_address(address) in network for network in networks)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
+    plain = getattr(parsed, "ipv4_mapped", None) or parsed  # ::ffff:127.0.0.1 is how a [::] socket sees 127.0.0.1
+    return any(plain in network for network in networks)
 
 
 def last_said(environ, name, allowed=None):
@@ -1182,14 +1219,19 @@ def request_head(environ: dict[str, Any], client: Client, length: int | None, pr
     protocol = "HTTP/1.0" if protocol == "HTTP/1.0" else "HTTP/1.1"
     lines = [f"{environ['REQUEST_METHOD']} {request_target(environ)} {protocol}"]
     lines += [f"{name}: {value}" for name, value in headers]
-    if any(control in line for line in lines for control in "\r\n\0"):
+    if not all(TOKEN.fullmatch(name) for name, _ in headers):
+        raise BadRequest("A header's name contains what no name may")
+    if any(LINE_BREAKS.search(line) for line in lines):
         raise BadRequest("A header contains a line break")
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
 
 def strip_cookies(header: str, names: Iterable[str]) -> str:
-    """A Cookie header without those cookies."""
-    return ";".join(part for part in header.split(";") if part.partition("=")[0].strip() not in names).strip()
+    """A Cookie header without those cookies. WSGI hosts join two such headers with a comma."""
+    def is_kept(part):
+        return all(cookie.partition("=")[0].strip() not in names for cookie in part.split(","))
+
+    return ";".join(filter(is_kept, header.split(";"))).strip()
 
 
 @dataclass(frozen=True)
@@ -1202,13 +1244,22 @@ class ResponseHead:
 
     @classmethod
     def parse(cls, raw: bytes) -> ResponseHead:
-        """Raises ValueError for what is not HTTP."""
-        status_line, *lines = raw.decode("latin-1").rstrip("\r\n").split("\r\n")
-        protocol, status, reason = (status_line + "  ").split(" ", 2)
-        if not protocol.startswith("HTTP/1."):
+        """Raises ValueError for what is not HTTP, or could be read in two ways."""
+        status_line, *lines = raw.decode("latin-1").split("\r\n")
+        match = re.fullmatch(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])(?: (.*))?", status_line)
+        if match is None or any(LINE_BREAKS.search(line) for line in (status_line, *lines)):
             raise ValueError(f"not an HTTP/1 response: {status_line!r}")
-        pairs = (line.partition(":") for line in lines)
-        return cls(int(status), reason.strip(), tuple((name.strip(), value.strip()) for name, _, value in pairs))
+        pairs = [line.partition(":")[::2] for line in lines]
+        if not all(TOKEN.fullmatch(name) for name, _ in pairs):
+            raise ValueError("a header that is none")
+        head = cls(int(match[1]), (match[2] or "").strip(), tuple((name, value.strip()) for name, value in pairs))
+        head._check_length()
+        return head
+
+    def _check_length(self):
+        lengths = {value for name, value in self.headers if name.lower() == "content-length"}
+        if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
+            raise ValueError("no one Content-Length")
 
     def get(self, name: str) -> str:
         """The first header of that name, or ''."""
@@ -1216,10 +1267,11 @@ class ResponseHead:
 
     def passed_on(self) -> list[tuple[str, str]]:
         """The headers that are for the client: no word about this connection, no cookie of the hub's."""
-        nominated = {name.strip().lower() for name in self.get("connection").split(",")}
+        dropped = HOP_BY_HOP | {name.strip().lower() for name in self.get("connection").split(",")}
+        if self.get("transfer-encoding"):
+            dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers
-                if name.lower() not in HOP_BY_HOP | nominated
-                and not (name.lower() == "set-cookie" and value.partition("=")[0].strip() in HUB_COOKIES)]
+                if name.lower() not in dropped and not (name.lower() == "set-cookie" and is_hub_cookie(value))]
 
     def encode(self) -> bytes:
         """The head as the client gets it. The connection ends with the response: the next request on it may be for
@@ -1239,6 +1291,11 @@ class ResponseHead:
             self.get("content-length"))
 
 
+def is_hub_cookie(text: str) -> bool:
+    """Whether a Set-Cookie header sets a cookie of the hub's; a browser sends `=name=value` back as `name=value`."""
+    return text.lstrip("= \t").partition(";")[0].partition("=")[0].strip() in HUB_COOKIES
+
+
 def plain_response(status: str, content_type: str, body: str) -> bytes:
     """A whole response for a client whose socket has been taken over."""
     content = body.encode()
@@ -1252,16 +1309,17 @@ def plain_response(status: str, content_type: str, body: str) -> bytes:
 class Handover:
     """A client's connection that is ours from now on; iterated over, it is the WSGI server's own empty response.
 
-    The server goes on with one end of a socket pair in place of the client. What it writes goes nowhere; what it reads
-    ends at once, so that reading `wsgi.input` gives just the bytes it had buffered and never waits for the client.
+    The server goes on with one end of a socket pair in place of the client, whose other end is closed. What it reads
+    ends at once, so that reading `wsgi.input` gives just the bytes it had buffered and never waits for the client. What
+    it writes fails as if the client had gone, so that it closes, and never serves a request pipelined behind this one.
     """
 
     def __init__(self, environ: dict[str, Any], number: int):
         self._input = environ["wsgi.input"]
         self.client = socket.socket(fileno=os.dup(number))
-        self._far_end, near_end = socket.socketpair()
-        self._far_end.shutdown(socket.SHUT_WR)
-        os.dup2(near_end.fileno(), number)
+        near_end, far_end = socket.socketpair()
+        far_end.close()
+        os.dup2(near_end.fileno(), number, inheritable=False)
         near_end.close()
 
     def buffered(self, length: int) -> bytes:
@@ -1276,13 +1334,11 @@ class Handover:
     def __iter__(self):
         return iter((b"",))
 
-    def close(self):
-        """The server has written its response."""
-        self._far_end.close()
-
 
 def client_socket_number(environ: dict[str, Any]) -> int | None:
     """The file descriptor of the client's plain TCP or unix socket, where the WSGI server lets it be had."""
+    if environ["SERVER_PROTOCOL"] not in ("HTTP/1.0", "HTTP/1.1"):
+        return None  # an HTTP/2 connection carries other requests too
     if "gevent.monkey" in sys.modules and environ.get("wsgi.multithread"):
         return None  # under gevent sockets and threads are greenlets, which must not share a socket with a real thread
     found = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
@@ -1319,7 +1375,8 @@ class Splicer:
 
     def _run(self, loop):
         asyncio.set_event_loop(loop)
-        loop.call_later(self._sweep_interval, self._close_idle)
+        if self.idle_timeout:
+            loop.call_later(self._sweep_interval, self._close_idle)
         loop.run_forever()
 
     @property
@@ -1387,10 +1444,9 @@ class Connection:
 
     async def _close_client(self):
         """Close so that the last bytes arrive: closing over unread input would make TCP throw them away."""
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
+        with contextlib.closing(self.client), contextlib.suppress(OSError, asyncio.TimeoutError):
             self.client.shutdown(socket.SHUT_WR)
             await asyncio.wait_for(self.discard(self.client), 1)
-        self.client.close()
 
 
 def notice_dead_peer(connection: socket.socket) -> None:
@@ -1431,8 +1487,7 @@ class Forward(Connection):
         try:
             upstream = await self._connect()
         except (OSError, asyncio.TimeoutError):
-            await self.send(self.client, self.exchange.unavailable())
-            return
+            return await self._apologize()
         with contextlib.closing(upstream):
             directions = [asyncio.ensure_future(self._to_server(upstream)),
                           asyncio.ensure_future(self._to_client(upstream))]
@@ -1456,14 +1511,22 @@ class Forward(Connection):
 
     async def _to_server(self, upstream):
         """Returns when the client has gone."""
+        try:
+            await self._send_request(upstream)
+        except (BrokenPipeError, ConnectionResetError):  # it has read enough, and may have said why
+            return await self.discard(self.client)
+        if not self.exchange.websocket:
+            return await self.discard(self.client)
+        if early := await self.receive(self.client):  # also tells when the client goes before there is an answer
+            await self.upgraded.wait()
+            await self.send(upstream, early)
+            await self.copy(self.client, upstream)
+
+    async def _send_request(self, upstream):
         await self.send(upstream, self.exchange.head)
         while self.exchange.spool and (data := self.exchange.spool.read(CHUNK)):
             await self.send(upstream, data)
         await self.copy(self.client, upstream, self.exchange.body_left)
-        if not self.exchange.websocket:
-            return await self.discard(self.client)
-        await self.upgraded.wait()
-        await self.copy(self.client, upstream)
 
     async def _to_client(self, upstream):
         """Returns when the response is complete."""
@@ -1471,8 +1534,7 @@ class Forward(Connection):
             head, rest = await self._response_head(upstream)
         except (OSError, ValueError) as error:
             log.warning("the server at %s:%s answered no HTTP: %s", *self.exchange.target, error)
-            await self.send(self.client, self.exchange.unavailable())
-            return
+            return await self._apologize()
         await self.send(self.client, head.encode() + rest)
         if head.status == 101:
             self.upgraded.set()
@@ -1493,6 +1555,10 @@ class Forward(Connection):
             if head.status >= 200 or (head.status == 101 and self.exchange.websocket):
                 return head, received
 
+    async def _apologize(self):
+        head, end, body = self.exchange.unavailable().partition(b"\r\n\r\n")
+        await self.send(self.client, head + end + (b"" if self.exchange.method == "HEAD" else body))
+
 
 def content_length(environ: dict[str, Any]) -> int | None:
     """The length of the request's body, None if it has none. Raises BadRequest."""
@@ -1509,8 +1575,11 @@ def spooled_body(environ: dict[str, Any]):
     if not environ.get("wsgi.input_terminated"):
         raise BadRequest("This server needs a Content-Length, it cannot read a body that comes in chunks")
     spool = tempfile.SpooledTemporaryFile(max_size=1024 * 1024)
-    while data := environ["wsgi.input"].read(CHUNK):
-        spool.write(data)
+    try:
+        while data := environ["wsgi.input"].read(CHUNK):
+            spool.write(data)
+    except OSError:  # gunicorn's parse errors are kinds of it
+        raise BadRequest("The body's chunks are broken, or end too early") from None
     return spool
 
 
@@ -1531,6 +1600,19 @@ def check_host_can_carry(environ: dict[str, Any]) -> None:
                           " busy. Run the hub with gunicorn, or with more threads")
 
 
+def read_head(response) -> ResponseHead:
+    """The head that a file with the response to an HTTP/1.0 request begins with. Raises ValueError."""
+    raw = b""
+    for line in iter(functools.partial(response.readline, HEAD_LIMIT), b"\r\n"):
+        raw += line
+        if not line or len(raw) > HEAD_LIMIT:
+            raise ValueError("its response has no end of headers")
+    head = ResponseHead.parse(raw.removesuffix(b"\r\n"))
+    if head.get("transfer-encoding"):
+        raise ValueError("it answers HTTP/1.0 with chunks")
+    return head
+
+
 def stream_through(environ, start_response, exchange: Exchange) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread, where the WSGI host lends nobody its sockets."""
     upstream = socket.create_connection(exchange.target, CONNECT_TIMEOUT)
@@ -1545,7 +1627,7 @@ def stream_through(environ, start_response, exchange: Exchange) -> Iterable[byte
             upstream.sendall(data)
             left -= len(data)
         response = upstream.makefile("rb")
-        head = ResponseHead.parse(b"".join(itertools.takewhile(lambda line: line != b"\r\n", response)))
+        head = read_head(response)
     except BaseException:
         upstream.close()
         raise
