@@ -1,7 +1,7 @@
 """Tests of minihub, under the same banners as the file they test. Run them with: python -m pytest
 
 What a test is about is real in it: gunicorn, processes, jupyterhub-singleuser, Chromium. All else is webtest, in process.
-A part that is missing on the machine makes its tests skip, with the command that installs it.
+A part that is missing on the machine makes its tests skip, with the command that installs it; with CI set, it fails them.
 """
 
 ########################################################################################################
@@ -44,6 +44,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_singleuser = pytest.mark.skipif(not SINGLEUSER, reason="pip install '.[classroom]'")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="apt-get install chromium")
+
+
+class NoSkips:
+    """A plugin for pytest: a test that skips has failed."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        if report.skipped and not hasattr(report, "wasxfail"):
+            report.outcome, report.longrepr = "failed", f"With CI set, nothing may skip. {report.longrepr[2]}"
+        return report
+
+
+def pytest_generate_tests(metafunc):
+    """The one hook that pytest calls in a test module, and before any test runs."""
+    plugins = metafunc.config.pluginmanager
+    if os.environ.get("CI") and not plugins.has_plugin("no-skips"):
+        plugins.register(NoSkips(), "no-skips")
 
 
 def wait_for(condition, seconds=20, message="it did not happen"):
@@ -388,3 +406,31 @@ def start_echo(live, folder, *options, **settings):
     hub.token = hub.command("token", "ada")
     hub.start_server("ada", hub.token)
     return hub
+
+
+SKIPPING = """
+import pytest
+from test_minihub import pytest_generate_tests
+
+@pytest.mark.skipif(True, reason="apt-get install nothing")
+def test_marked(): pass
+
+def test_passes(): pass
+
+def test_skips_itself(): pytest.skip("pip install nothing")
+
+@pytest.mark.xfail(strict=True)
+def test_fails_as_expected(): assert False
+"""
+
+
+@pytest.mark.parametrize("ci, outcome", [
+    ("", "1 passed, 2 skipped, 1 xfailed"),
+    ("true", "1 failed, 1 passed, 1 xfailed, 1 error"),  # the error: a mark skips before the test begins
+])
+def test_with_ci_set_nothing_may_skip(tmp_path, ci, outcome):
+    (tmp_path / "test_skipping.py").write_text(SKIPPING)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings",
+                           "test_skipping.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "CI": ci, "PYTHONPATH": str(HERE)})
+    assert outcome in done.stdout
