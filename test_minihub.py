@@ -1,7 +1,7 @@
 """Tests of minihub, under the same banners as the file they test. Run them with: python -m pytest
 
 What a test is about is real in it: gunicorn, processes, jupyterhub-singleuser, Chromium. All else is webtest, in process.
-A part that is missing on the machine makes its tests skip, with the command that installs it.
+A part that is missing on the machine makes its tests skip, with the command that installs it; with CI set, it fails them.
 """
 
 ########################################################################################################
@@ -45,6 +45,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_singleuser = pytest.mark.skipif(not SINGLEUSER, reason="pip install '.[classroom]'")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="apt-get install chromium")
+
+
+class NoSkips:
+    """A plugin for pytest: a test that skips has failed."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        if report.skipped and not hasattr(report, "wasxfail"):
+            report.outcome, report.longrepr = "failed", f"With CI set, nothing may skip. {report.longrepr[2]}"
+        return report
+
+
+def pytest_generate_tests(metafunc):
+    """The one hook that pytest calls in a test module, and before any test runs."""
+    plugins = metafunc.config.pluginmanager
+    if os.environ.get("CI") and not plugins.has_plugin("no-skips"):
+        plugins.register(NoSkips(), "no-skips")
 
 
 def wait_for(condition, seconds=20, message="it did not happen"):
@@ -414,6 +432,16 @@ def start_echo(live, folder, *options, **settings):
     return hub
 
 
+CHP = shutil.which("configurable-http-proxy")
+needs_chp = pytest.mark.skipif(not CHP, reason="npm install -g configurable-http-proxy")
+
+
+def is_open(port):
+    """Whether somebody listens there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+
+
 ########################################################################################################
 # 2. Settings
 ########################################################################################################
@@ -507,6 +535,17 @@ def test_a_server_inherits_only_what_is_allowed():
     variables = {"PATH": "/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC", "CLASS": "7b", "MINIHUB_PASSWORD": "x", "AWS_SECRET": "x"}
     inherited = Settings(process_variables=variables, env_keep=["CLASS"]).inherited_variables()
     assert inherited == {"PATH": f"{Path(sys.executable).parent}:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC", "CLASS": "7b"}
+
+
+@pytest.mark.parametrize("services, sentence", [
+    ("x", "must be a list"), (["x"], "each with a name"), ([{"name": "a", "colour": 1}], "no other keys"),
+    ([{"name": "a/b"}], "letters, digits"), ([{"name": "a", "api_token": "short"}], "at least 8 characters"),
+    ([{"name": "a", "admin": "yes"}], "a bool as admin of a"), ([{"name": "a"}, {"name": "a"}], "different names"),
+    ([{"name": "a", "url": "nowhere"}], "http://host:port"), ([{"name": "a", "command": 7}], "words as command"),
+    ([{"name": "a", "environment": {"A": 1}}], "strings in command and environment")])
+def test_a_wrong_service_stops_the_hub_with_a_sentence(services, sentence):
+    with pytest.raises(minihub.SettingError, match=sentence):
+        Settings(services=services)
 
 
 ########################################################################################################
@@ -1138,3 +1177,382 @@ def test_a_server_that_finds_every_port_taken_is_given_up(make_hub, tmp_path):
     ada = Api(threaded(hub), token_for(hub, "ada"))
     assert "No free port was found" in ada("POST", "/users/ada/server", status=500).json["message"]
     assert len((tmp_path / "homes" / "ada" / "ports").read_text().split()) == 3
+SKIPPING = """
+import pytest
+from test_minihub import pytest_generate_tests
+
+@pytest.mark.skipif(True, reason="apt-get install nothing")
+def test_marked(): pass
+
+def test_passes(): pass
+
+def test_skips_itself(): pytest.skip("pip install nothing")
+
+@pytest.mark.xfail(strict=True)
+def test_fails_as_expected(): assert False
+"""
+
+
+@pytest.mark.parametrize("ci, outcome", [
+    ("", "1 passed, 2 skipped, 1 xfailed"),
+    ("true", "1 failed, 1 passed, 1 xfailed, 1 error"),  # the error: a mark skips before the test begins
+])
+def test_with_ci_set_nothing_may_skip(tmp_path, ci, outcome):
+    (tmp_path / "test_skipping.py").write_text(SKIPPING)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings",
+                           "test_skipping.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "CI": ci, "PYTHONPATH": str(HERE)})
+    assert outcome in done.stdout
+
+
+########################################################################################################
+# 7. Proxies
+########################################################################################################
+
+
+@pytest.fixture
+def chp(live, tmp_path):
+    """A gunicorn that runs a real configurable-http-proxy, `chp.front` is its port, and has ada's echo server behind it."""
+    front, api = minihub.free_port(), minihub.free_port()
+    hub = start_echo(live, tmp_path, proxy="chp", chp_command=f"{CHP} --ip 127.0.0.1 --port {front}",
+                     chp_api_url=f"http://127.0.0.1:{api}", services='[{"name": "ops", "admin": true, "api_token": "ops-token"}]')
+    hub.front, hub.chp_api = front, api
+    wait_for(lambda: through(hub, "/user/ada/api") == 200, message="the proxy has no route to ada's server")
+    return hub
+
+
+def through(hub, path):
+    """The status of a page that is asked for through the proxy, None if that does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", hub.front, timeout=5)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("GET", path)
+        return connection.getresponse().status
+
+
+def proxy_process(hub):
+    """The state of the proxy's process."""
+    return hub.facts("proxy_process")
+
+
+@needs_chp
+def test_a_real_proxy_carries_the_hub_and_its_servers(chp):
+    assert through(chp, "/hub/login") == 200
+    routes = chp.api("GET", "/proxy", "ops-token")[1]
+    assert routes["/user/ada/"]["data"]["user"] == "ada" and routes["/user/ada/"]["data"]["last_activity"]
+    assert routes["/"]["data"]["hub"] is True and routes["/"]["target"] == chp.url
+
+
+@needs_chp
+def test_a_proxy_that_is_killed_comes_back_with_all_its_routes(chp):
+    os.killpg(proxy_process(chp)["pid"], signal.SIGKILL)
+    wait_for(lambda: through(chp, "/user/ada/api") is None)
+    assert chp.api("GET", "/proxy", "ops-token")[0] in (200, 503)
+    wait_for(lambda: through(chp, "/user/ada/api") == 200, 30)
+
+
+@needs_chp
+def test_routes_that_are_not_the_hubs_survive(chp):
+    token = chp.facts("proxy")["auth_token"]
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", chp.chp_api, timeout=5)) as connection:
+        connection.request("POST", "/api/routes/foreign", json.dumps({"target": "http://127.0.0.1:9"}),
+                           {"Authorization": f"token {token}"})
+        assert connection.getresponse().read() == b""
+    assert chp.api("POST", "/proxy", "ops-token")[0] == 200
+    assert through(chp, "/foreign") == 503 and "/foreign/" not in chp.api("GET", "/proxy", "ops-token")[1]
+
+
+@needs_chp
+def test_the_hub_moves_to_another_proxy(chp, tmp_path):
+    front, api = minihub.free_port(), minihub.free_port()
+    other = subprocess.Popen([CHP, "--ip", "127.0.0.1", "--port", str(front), "--api-ip", "127.0.0.1", "--api-port", str(api)],
+                             env={**os.environ, "CONFIGPROXY_AUTH_TOKEN": "another-secret"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: is_open(api))
+        reply = chp.api("PATCH", "/proxy", "ops-token", {"port": str(api), "auth_token": "another-secret"})
+        assert reply == (200, None)
+        chp.front = front
+        wait_for(lambda: through(chp, "/user/ada/api") == 200)
+    finally:
+        other.kill()
+        other.wait()
+    status, body = chp.api("GET", "/proxy", "ops-token")
+    assert status == 503 and "does not answer" in body["message"]
+
+
+########################################################################################################
+# 8. The hub's operations
+########################################################################################################
+
+
+def test_an_idle_server_is_stopped_and_not_deleted(make_hub, spawner):
+    hub = people(make_hub(idle_timeout=600))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/servers/gpu", status=201)
+    report(ada, "gpu", minutes_ago=11)
+    tick(hub)
+    assert ada("GET", "/users/ada").json["servers"] == {} and not spawner.running
+    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=204)
+
+
+def test_a_busy_server_stays_and_says_when_it_would_be_stopped(make_hub):
+    hub = people(make_hub(idle_timeout=600))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/server", status=201)
+    report(ada, "", minutes_ago=9)
+    tick(hub)
+    server = ada("GET", "/users/ada").json["servers"][""]
+    idle = minihub.parse_time(server["stops_at"]) - minihub.parse_time(server["last_activity"])
+    assert idle == timedelta(seconds=600)
+
+
+def test_a_server_that_never_reports_activity_is_not_idle(make_hub):
+    hub = people(make_hub(idle_timeout=0.001))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/server", status=201)
+    tick(hub)
+    assert ada("GET", "/users/ada").json["servers"][""]["ready"]
+
+
+def test_a_server_that_is_too_old_is_stopped(make_hub):
+    hub = people(make_hub(max_age=0.001))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/server", status=201)
+    tick(hub)
+    assert ada("GET", "/users/ada").json["servers"] == {}
+
+
+def report(api, server, minutes_ago):
+    moment = minihub.isoformat(minihub.now() - timedelta(minutes=minutes_ago))
+    api("POST", "/users/ada/activity", {"servers": {server: {"last_activity": moment}}})
+
+
+def tick(hub):
+    """Everything that a ticker does, at once."""
+    hub._next_poll = hub._next_check = hub._next_purge = 0
+    with hub.connected():
+        assert hub.tick()
+
+
+########################################################################################################
+# 10. REST resources
+########################################################################################################
+
+
+GROUP = {"kind": "group", "name": "class", "users": []}
+
+
+def test_groups_are_made_listed_and_deleted(root):
+    assert root("POST", "/groups/class", status=201).json == GROUP
+    assert root("GET", "/groups").json == [GROUP]
+    root("DELETE", "/groups/class", status=204)
+    root("GET", "/groups/class", status=404)
+
+
+@pytest.mark.parametrize("body, status", [
+    (None, 201), ({}, 201), ({"users": ["ada", "Bob"]}, 201), ({"name": "ignored"}, 201),
+    ([], 400), ({"users": ["nobody"]}, 400), ({"users": "ada"}, 400), ({"users": [1]}, 400), ({"color": "red"}, 400)])
+def test_making_a_group_takes_or_refuses_bodies(root, body, status):
+    root("POST", "/groups/class", body, status=status)
+    root("GET", "/groups/class", status=200 if status == 201 else 404)
+
+
+def test_a_group_is_made_once(root):
+    root("POST", "/groups/class", status=201)
+    assert root("POST", "/groups/class", status=409).json == {"status": 409, "message": "Group class already exists"}
+
+
+def test_several_groups_are_made_at_once(root):
+    made = root("POST", "/groups", {"groups": ["a", "b"], "users": ["ada"]}, status=201).json
+    assert made == [{"kind": "group", "name": name, "users": ["ada"]} for name in "ab"]
+
+
+@pytest.mark.parametrize("body, status", [
+    (None, 400), ({}, 400), ({"groups": []}, 400), ({"groups": "ab"}, 400), ({"groups": ["new", "old"]}, 409),
+    ({"groups": ["new", "a/b"]}, 400), ({"groups": ["new"], "users": ["nobody"]}, 400), ({"groups": ["new"], "x": 1}, 400)])
+def test_several_groups_are_made_all_or_none(root, body, status):
+    root("POST", "/groups/old", status=201)
+    root("POST", "/groups", body, status=status)
+    assert [group["name"] for group in root("GET", "/groups").json] == ["old"]
+
+
+def test_members_come_and_go(root, ada):
+    root("POST", "/groups/class", status=201)
+    assert root("POST", "/groups/class/users", {"users": ["ADA", "bob", "ada"]}).json["users"] == ["ada", "bob"]
+    assert ada("GET", "/user").json["groups"] == ["class"]
+    assert root("DELETE", "/groups/class/users", {"users": ["bob", "root"]}).json["users"] == ["ada"]
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+@pytest.mark.parametrize("body, message", [
+    (None, "Invalid JSON data: None"), ({}, "Must specify users to "), ({"users": ["bob", "nobody"]}, "No such user: nobody"),
+    ({"users": "ada"}, "group.users must be <class 'list'>")])
+def test_members_change_all_or_none(root, method, body, message):
+    root("POST", "/groups/class", {"users": ["ada"]}, status=201)
+    assert message in root(method, "/groups/class/users", body, status=400).json["message"]
+    assert root("GET", "/groups/class").json["users"] == ["ada"]
+
+
+def test_members_of_no_group(root):
+    assert root("POST", "/groups/none/users", {"users": []}, status=404).json["message"] == "No such group: none"
+    root("GET", "/groups/none/users", status=405)
+
+
+@pytest.fixture
+def served(make_hub):
+    """A hub with an admin's service and one without rights."""
+    return people(make_hub(services=[
+        {"name": "boss", "api_token": "boss-token", "admin": True, "url": "http://127.0.0.1:9", "info": {"a": 1}},
+        {"name": "ada", "api_token": "ada-token-of-a-service"}]))
+
+
+def test_services_are_listed_by_name(served):
+    services = Api(served, "boss-token")("GET", "/services").json
+    assert services["boss"] == {"name": "boss", "admin": True, "url": "http://127.0.0.1:9", "prefix": "/services/boss/",
+                                "command": [], "pid": 0, "info": {"a": 1}, "display": True}
+    assert services["ada"]["prefix"] == ""
+
+
+def test_a_service_sees_itself_and_an_admin_sees_it(served):
+    service = Api(served, "ada-token-of-a-service")
+    assert service("GET", "/services/ada").json["name"] == "ada"
+    service("GET", "/services/boss", status=403)
+    service("GET", "/services/none", status=403)
+    assert api_of(served, "root")("GET", "/services/none", status=404).json["message"] == "No such service: none"
+    api_of(served, "ada")("GET", "/services/ada", status=403)
+    service("GET", "/services", status=403)
+
+
+def test_a_service_is_identified(served):
+    me = Api(served, "boss-token")("GET", "/user").json
+    assert (me["kind"], me["name"], me["admin"]) == ("service", "boss", True)
+    assert Api(served, "ada-token-of-a-service")("GET", "/authorizations/token/boss-token").json["kind"] == "service"
+
+
+def test_a_service_that_bears_a_users_name_is_not_that_user(served):
+    service = Api(served, "ada-token-of-a-service")
+    service("GET", "/users/ada", status=403)
+    service("POST", "/users/ada/tokens", status=403)
+
+
+def test_an_admin_service_acts_for_users(served):
+    boss = Api(served, "boss-token")
+    note = boss("POST", "/users/ada/tokens", status=201).json["note"]
+    assert note == "Requested via api by service boss"
+    boss("DELETE", "/users/ada", status=204)
+
+
+def test_a_service_that_is_no_longer_in_the_settings_is_gone(make_hub, tmp_path):
+    database = f"sqlite:///{tmp_path}/hub.sqlite"
+    people(make_hub(database=database, services=[{"name": "old", "api_token": "old-token"}]))
+    hub = make_hub(database=database)
+    Api(hub, "old-token")("GET", "/user", status=403)
+
+
+def test_pages_of_users_are_cut_for_clients_that_know_of_pages(root):
+    first = root("GET", "/users?limit=2", headers={"Accept": minihub.PAGE_TYPE}).json
+    assert [user["name"] for user in first["items"]] == ["root", "ada"]
+    assert first["_pagination"] == {"offset": 0, "limit": 2, "total": 3, "next": {
+        "offset": 2, "limit": 2, "url": "http://localhost:80/hub/api/users?limit=2&offset=2"}}
+    last = root("GET", "/users?limit=2&offset=2", headers={"Accept": minihub.PAGE_TYPE}).json
+    assert [user["name"] for user in last["items"]] == ["bob"] and last["_pagination"]["next"] is None
+
+
+def test_other_clients_get_the_whole_list(root):
+    root("POST", "/users", {"usernames": [f"u{number}" for number in range(300)]}, status=201)
+    assert len(root("GET", "/users").json) == 303
+    assert len(root("GET", "/users", headers={"Accept": minihub.PAGE_TYPE}).json["items"]) == minihub.PAGE_LENGTH
+
+
+@pytest.mark.parametrize("query, names", [
+    ("name_filter=b", ["bob"]), ("sort=name", ["ada", "bob", "root"]), ("sort=-name", ["root", "bob", "ada"]),
+    ("sort=-id&limit=1", ["bob"]), ("offset=1", ["ada", "bob"]), ("state=ready", ["ada"]), ("state=active", ["ada"]),
+    ("state=inactive", ["root", "bob"]), ("name_filter=%25", [])])
+def test_users_are_filtered_and_sorted(root, ada, query, names):
+    ada("POST", "/users/ada/server", status=201)
+    assert [user["name"] for user in root("GET", f"/users?{query}").json] == names
+
+
+@pytest.mark.parametrize("query", ["state=x", "sort=age", "limit=0", "limit=-1", "offset=-1", "limit=x", "offset=1e99",
+                                   "include_stopped_servers=maybe"])
+def test_filters_that_make_no_sense_are_refused(root, query):
+    assert root("GET", f"/users?{query}", status=400).json["status"] == 400
+
+
+def test_stopped_servers_are_shown_on_request(root):
+    assert root("GET", "/users").json[1]["servers"] == {}
+    assert root("GET", "/users?include_stopped_servers=1").json[1]["servers"][""]["stopped"] is True
+
+
+def test_the_routing_table_has_the_hub_and_its_servers(root, ada):
+    ada("POST", "/users/ada/server", status=201)
+    root("POST", "/proxy")
+    routes = root("GET", "/proxy").json
+    assert routes["/"]["data"]["hub"] is True
+    assert routes["/user/ada/"]["data"] == {"user": "ada", "server_name": "", "last_activity": None}
+    assert routes["/user/ada/"]["routespec"] == "/user/ada/" and routes["/user/ada/"]["target"].startswith("http://127.")
+
+
+def test_a_lost_route_comes_back_and_a_stray_one_goes(hub, root, ada):
+    ada("POST", "/users/ada/server", status=201)
+    with hub.connected():
+        hub.proxy.delete_route("/user/ada/")
+        hub.proxy.add_route("/user/eve/", "http://127.0.0.1:9", {"user": "eve", "server_name": ""})
+    root("POST", "/proxy")
+    assert set(root("GET", "/proxy").json) == {"/", "/user/ada/"}
+
+
+def test_the_embedded_proxy_cannot_be_moved(root):
+    assert "MINIHUB_PROXY" in root("PATCH", "/proxy", {"port": "9"}, status=400).json["message"]
+    assert root("PATCH", "/proxy", status=400).json["message"] == "need JSON body"
+    assert root("PATCH", "/proxy", [], status=400).json["message"] == "Request body must be JSON dict"
+    root("PATCH", "/proxy", {"color": "red"})
+
+
+@pytest.mark.parametrize("body, message", [
+    ({"proxy": "x"}, "proxy must be true or false, got 'x'"), ({"servers": []}, "servers must be true or false, got []"),
+    ([1], "Body must be a JSON dict or empty")])
+def test_a_shutdown_that_makes_no_sense_is_refused(root, body, message):
+    assert root("POST", "/shutdown", body, status=400).json["message"] == message
+
+
+def test_a_mounted_hub_shuts_down_by_calling_its_site(make_hub, spawner):
+    over = threading.Event()
+    hub = people(make_hub(on_shutdown=over.set))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=201)
+    reply = api_of(hub, "root")("POST", "/shutdown", {"servers": True}, status=202)
+    assert reply.json == {"message": "Shutting down Hub"} and over.wait(10) and not spawner.running
+
+
+def test_a_shutdown_leaves_servers_running_unless_told(make_hub, spawner):
+    over = threading.Event()
+    hub = people(make_hub(on_shutdown=over.set))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=201)
+    api_of(hub, "root")("POST", "/shutdown", status=202)
+    assert over.wait(10) and len(spawner.running) == 1
+
+
+########################################################################################################
+# 11. OAuth2 provider
+########################################################################################################
+
+
+def test_an_oauth_service_identifies_people(served):
+    browser = sign_in(served, "ada")
+    page = browser.get("/hub/api/oauth2/authorize?client_id=service-boss&response_type=code&state=s", status=200)
+    back = page.forms[0].submit(status=302).location
+    assert back.startswith("/services/boss/oauth_callback?code=") and back.endswith("&state=s")
+    reply = browser.post("/hub/api/oauth2/token", {
+        "client_id": "service-boss", "client_secret": "boss-token", "grant_type": "authorization_code",
+        "code": parse_qs(urlsplit(back).query)["code"][0], "redirect_uri": "/services/boss/oauth_callback"}).json
+    who = Api(served, reply["access_token"])("GET", "/user").json
+    assert who["name"] == "ada" and "access:services!service=boss" in who["scopes"]
+
+
+def sign_in(hub, name, **environ):
+    """A browser without JavaScript in which somebody has signed in."""
+    browser = webtest.TestApp(hub, extra_environ={"REMOTE_ADDR": "127.0.0.1", **environ})
+    form = browser.get("/hub/login").forms[0]
+    form["username"], form["password"] = name, password_of(name)
+    form.submit(status=302)
+    return browser
