@@ -23,18 +23,22 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import wsgiref.simple_server
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 
 import pytest
+import requests
 import webtest
+import yaml
 
 import minihub
 from minihub import Hub, Settings
@@ -381,6 +385,11 @@ class LiveHub:
         """What the hub's database remembers under that key."""
         with contextlib.closing(sqlite3.connect(self.folder / "minihub.sqlite")) as database:
             return json.loads(database.execute("SELECT value FROM settings WHERE key = ?", [key]).fetchone()[0])
+
+    def rows(self, query):
+        """The first column of a query's answer out of the hub's database."""
+        with contextlib.closing(sqlite3.connect(self.folder / "minihub.sqlite")) as database:
+            return [row[0] for row in database.execute(query)]
 
     def workers(self):
         """The process ids of gunicorn's workers."""
@@ -1334,6 +1343,126 @@ def tick(hub):
         assert hub.tick()
 
 
+#: A service with pages and people: it says who asks, by token (HubAuth) or after a sign-in (HubOAuth).
+WHO_SERVICE = '''
+import os
+from urllib.parse import urlsplit
+import tornado.httpserver, tornado.ioloop, tornado.web
+from jupyterhub.services.auth import HubOAuthCallbackHandler, HubOAuthenticated
+
+class Who(HubOAuthenticated, tornado.web.RequestHandler):
+    @tornado.web.authenticated
+    def get(self):
+        self.write({"name": self.get_current_user()["name"], "pid": os.getpid()})
+
+prefix = os.environ["JUPYTERHUB_SERVICE_PREFIX"]
+tornado.web.Application([(prefix, Who), (prefix + "oauth_callback", HubOAuthCallbackHandler)], cookie_secret=os.urandom(32),
+                        ).listen(urlsplit(os.environ["JUPYTERHUB_SERVICE_URL"]).port, "127.0.0.1")
+tornado.ioloop.IOLoop.current().start()
+'''
+
+
+@pytest.fixture
+def who(live, tmp_path):
+    """A gunicorn that runs the service `who`, and knows ada; `who.token` is her token."""
+    pytest.importorskip("jupyterhub", reason="pip install '.[classroom]'")
+    (tmp_path / "who.py").write_text(WHO_SERVICE)
+    hub = live(admins="root", services=json.dumps([
+        {"name": "who", "url": f"http://127.0.0.1:{minihub.free_port()}", "command": [sys.executable, str(tmp_path / "who.py")]},
+        {"name": "ops", "admin": True, "api_token": "ops-token"}]))
+    hub.link, hub.token = hub.command("link", "ada"), hub.command("token", "ada")
+    wait_for(lambda: hub.request("GET", "/services/who/").status == 302, message="the service does not answer")
+    return hub
+
+
+def who_is(hub, token):
+    response = hub.request("GET", "/services/who/", headers={"Authorization": f"token {token}"})
+    return json.loads(response.body)["name"] if response.status == 200 else response.status
+
+
+@needs_singleuser
+def test_a_service_knows_people_by_their_tokens(who):
+    assert who_is(who, who.token) == "ada"
+    assert who_is(who, "nonsense") in (302, 403)
+
+
+@needs_singleuser
+def test_a_service_knows_people_after_they_have_signed_in(who):
+    with requests.Session() as browser:
+        secret = {"password": "ada ada secret", "again": "ada ada secret"}
+        assert browser.post(who.link, secret).url == f"{who.url}/hub/home"
+        question = browser.get(f"{who.url}/services/who/")
+        assert "/oauth2/authorize" in question.url and "the service who" in question.text
+        answer = browser.post(question.url, {"_xsrf": re.search('name=_xsrf value="(.*?)"', question.text)[1]})
+        assert answer.json()["name"] == "ada"
+
+
+@needs_singleuser
+def test_a_service_that_dies_is_started_again(who):
+    first = service_pid(who)
+    os.killpg(first, signal.SIGKILL)
+    wait_for(lambda: service_pid(who) not in (0, first))
+    wait_for(lambda: who_is(who, who.token) == "ada")
+
+
+@needs_singleuser
+def test_a_service_outlives_a_hub_that_is_killed_and_is_found_again(who):
+    first = service_pid(who)
+    os.killpg(who.process.pid, signal.SIGKILL)
+    who.process.wait()
+    who.start()
+    assert service_pid(who) == first and who_is(who, who.token) == "ada"
+
+
+def service_pid(hub):
+    return hub.api("GET", "/services/who", "ops-token")[1]["pid"]
+
+
+def test_a_service_ends_when_there_is_no_hub_any_more(tmp_path):
+    beat = tmp_path / "heartbeat"
+    beat.touch()
+    state = minihub.start_process(tmp_path / "service@1", ["sleep", "60"], str(beat), minihub.SUPERVISE_SERVICE)
+    assert minihub.poll_process(state) is None
+    os.utime(beat, (0, 0))
+    wait_for(lambda: minihub.poll_process(state) == -signal.SIGTERM)
+
+
+@needs_singleuser
+def test_the_idle_culler_stops_the_idle_and_leaves_the_busy(live, tmp_path):
+    pytest.importorskip("jupyterhub_idle_culler", reason="pip install jupyterhub-idle-culler")
+    command = [sys.executable, "-m", "jupyterhub_idle_culler", "--timeout=600", "--cull-every=1"]
+    hub = start_echo(live, tmp_path, services=json.dumps([{"name": "culler", "admin": True, "command": command}]))
+    hub.command("link", "bob")
+    root = hub.command("token", "root")
+    hub.start_server("bob", root)
+    for name, ago in (("bob", 0), ("ada", 3600)):
+        moment = minihub.isoformat(minihub.now() - timedelta(seconds=ago))
+        hub.api("POST", f"/users/{name}/activity", root, {"servers": {"": {"last_activity": moment}}})
+    wait_for(lambda: hub.api("GET", "/users/ada", root)[1]["servers"] == {}, 30)
+    assert hub.api("GET", "/users/bob", root)[1]["servers"][""]["ready"]
+
+
+def test_nbgrader_manages_the_students_of_a_course(live, monkeypatch):
+    plugin_class = pytest.importorskip("nbgrader.auth.jupyterhub", reason="pip install nbgrader").JupyterHubAuthPlugin
+    hub = live(admins="root")
+    hub.command("link", "ada")
+    for name, value in (("USER", "root"), ("API_TOKEN", hub.command("token", "root")), ("API_URL", f"{hub.url}/hub/api")):
+        monkeypatch.setenv(f"JUPYTERHUB_{name}", value)
+    plugin = plugin_class()
+    plugin.add_student_to_course("ada", "course101")
+    plugin.add_student_to_course("ada", "course101")
+    assert plugin.get_student_courses("ada") == ["course101"]
+    plugin.remove_student_from_course("ada", "course101")
+    assert plugin.get_student_courses("ada") == [] == plugin.get_student_courses("*")
+
+
+def test_a_shutdown_ends_gunicorn_and_the_servers_it_is_told_to(live, tmp_path):
+    hub = start_echo(live, tmp_path, "-w", "2")
+    assert hub.api("POST", "/shutdown", hub.command("token", "root"), {"servers": True})[0] == 202
+    assert hub.process.wait(30) == 0
+    wait_for(lambda: "stopped" in hub.rows("SELECT status FROM servers JOIN users ON user_id = users.id WHERE users.name = 'ada'"))
+
+
 ########################################################################################################
 # 10. REST resources
 ########################################################################################################
@@ -1530,6 +1659,100 @@ def test_a_shutdown_leaves_servers_running_unless_told(make_hub, spawner):
     api_of(hub, "ada")("POST", "/users/ada/server", status=201)
     api_of(hub, "root")("POST", "/shutdown", status=202)
     assert over.wait(10) and len(spawner.running) == 1
+
+
+CONTRACT = HERE.parent / "shared" / "rest-api-1.2-as-built.yml"
+needs_contract = pytest.mark.skipif(not CONTRACT.exists(), reason="needs the API's description, as ../shared/" + CONTRACT.name)
+
+
+def operations():
+    """Every (method, path) of the contract."""
+    paths = yaml.safe_load(CONTRACT.read_text())["paths"]
+    return [(method.upper(), path) for path, item in paths.items() for method in item if method != "parameters"]
+
+
+@needs_contract
+def test_every_operation_of_the_contract_has_a_responder(hub):
+    missing = []
+    for method, path in operations():
+        filled = re.sub(r"\{.*?\}", "x", minihub.API + path)
+        found = hub._falcon._router.find(filled)
+        if not found or method not in found[1] or found[1][method].__name__.startswith("method_not_allowed"):
+            missing.append((method, path))
+    assert len(operations()) == 35 and not missing
+
+
+@contextlib.contextmanager
+def over_http(app):
+    """The URL of an application that a threaded wsgiref serves for a while."""
+    class Threaded(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+        daemon_threads = True
+
+    class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+        def log_message(self, *args):
+            """Not a word."""
+
+    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, Threaded, Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+#: Who may do what: the operations that are not for admins only, and for whom they are. `self` is the user in the path.
+OPEN_TO = {
+    ("GET", "/"): "all", ("POST", "/oauth2/token"): "all", ("GET", "/oauth2/authorize"): "all",
+    ("GET", "/user"): "any", ("GET", "/users/{name}"): "self", ("POST", "/users/{name}/activity"): "self",
+    ("POST", "/users/{name}/server"): "self", ("DELETE", "/users/{name}/server"): "self",
+    ("POST", "/users/{name}/servers/{server_name}"): "self", ("DELETE", "/users/{name}/servers/{server_name}"): "self",
+    ("GET", "/users/{name}/tokens"): "self", ("POST", "/users/{name}/tokens"): "self",
+    ("GET", "/users/{name}/tokens/{token_id}"): "self", ("DELETE", "/users/{name}/tokens/{token_id}"): "self",
+    ("POST", "/authorizations/token"): "any", ("GET", "/authorizations/token/{token}"): "any",
+    ("GET", "/authorizations/cookie/{cookie_name}/{cookie_value}"): "any"}
+
+LETS_IN = {"nobody": {"all"}, "bob": {"all", "any"}, "ada": {"all", "any", "self"}, "root": {"all", "any", "self", "admins"}}
+
+
+@needs_contract
+@pytest.mark.parametrize("who", LETS_IN)
+def test_the_contracts_operations_are_open_to_whom_they_should_be(make_hub, who):
+    wrong = []
+    for method, path in operations():
+        hub = people(make_hub(on_shutdown=lambda: None))
+        filled = path.replace("/users/{name}", "/users/ada")
+        filled = re.sub(r"\{.*?\}", "x", filled)
+        response = api_of(hub, None if who == "nobody" else who)(method, filled, status="*")
+        allowed = OPEN_TO.get((method, path), "admins") in LETS_IN[who]
+        if (response.status_int != 403) != allowed:
+            wrong.append((method, path, response.status))
+    assert not wrong
+
+
+SCHEMATHESIS_CHECK = '''
+import schemathesis
+from schemathesis.specs.openapi.checks import content_type_conformance
+
+@schemathesis.check
+def right_content_type(ctx, response, case):
+    """As documented; an answer without a body has no type."""
+    if response.status_code != 204:
+        return content_type_conformance(ctx, response, case)
+'''
+
+
+@needs_contract
+@pytest.mark.parametrize(("who", "examples"), [("boss", 15), ("ada", 3), ("nobody", 3)])
+def test_answers_to_random_requests_are_as_the_contract_says(make_hub, tmp_path, who, examples):
+    pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    hub = people(make_hub(services=[{"name": "boss", "api_token": "boss-token", "admin": True}], on_shutdown=lambda: None))
+    token = {"boss": "boss-token", "ada": token_for(hub, "ada"), "nobody": "nonsense"}[who]
+    (tmp_path / "hooks.py").write_text(SCHEMATHESIS_CHECK)
+    with over_http(hub) as url:
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("schemathesis")), "run", str(CONTRACT), "--url", f"{url}/hub/api",
+             "--header", f"Authorization: token {token}", "--max-examples", str(examples), "--seed", "1", "--no-color",
+             "--phases", "examples,coverage,fuzzing", "--checks", "not_a_server_error,response_schema_conformance,right_content_type"],
+            cwd=tmp_path, env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 ########################################################################################################
