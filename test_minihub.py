@@ -737,3 +737,835 @@ def test_a_wrong_password_takes_as_long_for_everybody(hub, monkeypatch, username
 def test_the_dummy_lets_in_who_knows_the_one_password(make_hub, credentials, name):
     hub = make_hub(authenticator="dummy", password="class secret")
     assert hub.authenticator.authenticate(credentials, {}) == name
+
+
+########################################################################################################
+# 8. The hub's operations
+########################################################################################################
+
+
+@pytest.fixture
+def opened(hub):
+    """The hub, with its database open in this thread."""
+    with hub.connected():
+        yield hub
+
+
+def server_of(hub, name="ada", server_name=""):
+    """A user's server, made if it is a named one."""
+    return hub.find_or_create_server(hub.find_user(name), server_name)
+
+
+def running(hub, name="ada", server_name=""):
+    """A user's server, started and ready."""
+    server = server_of(hub, name, server_name)
+    hub.start(server)
+    assert hub.observe(server).status == "ready"
+    return server
+
+
+def in_threads(count, action):
+    """What `action(number)` returns in so many threads that begin at the same moment."""
+    def work(number):
+        barrier.wait()
+        results[number] = action(number)
+
+    barrier, results = threading.Barrier(count), [None] * count
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+LOG_TAIL = ". Its last words:\nTraceback\nImportError: no module named antigravity"
+
+
+def test_a_server_is_starting_until_it_is_seen_to_answer(opened, spawner):
+    server = server_of(opened)
+    opened.start(server)
+    assert (server.status, opened.proxy.get_all_routes()) == ("spawning", {})
+    assert opened.observe(server).status == "ready"
+    assert opened.proxy.get_all_routes() == {"/user/ada/": {
+        "routespec": "/user/ada/", "target": server.target, "data": {"user": "ada", "server_name": ""}}}
+
+
+def test_a_server_that_does_not_answer_is_starting_until_its_time_is_over(opened, spawner, pass_time):
+    spawner.answers = False
+    server = server_of(opened)
+    opened.start(server)
+    pass_time(opened.settings.start_timeout - 1)
+    assert opened.observe(server).status == "spawning"
+    pass_time(2)
+    assert opened.observe(server).status == "stopped"
+    assert server.failure == "The server did not answer within 60 seconds" + LOG_TAIL
+    assert not spawner.running
+
+
+def test_a_server_that_ends_while_it_starts_has_failed(opened, spawner):
+    spawner.exits_at_once = 3
+    server = server_of(opened)
+    opened.start(server)
+    assert (opened.observe(server).status, server.failure) == (
+        "stopped", "The server ended while it started [status=3]" + LOG_TAIL)
+    assert (server.state, server.target, list(minihub.OAuthClient.select()), list(server.tokens)) == (None, None, [], [])
+
+
+@pytest.mark.parametrize(("problem", "failure"), [
+    (RuntimeError("no room"), "RuntimeError: no room"), (OSError(2, "No such file", "jup\udcff\0"),
+     "FileNotFoundError: [Errno 2] No such file: 'jup\\udcff\\x00'"), (ValueError("nul\0 \udcff"), "ValueError: nul\ufffd ?")])
+def test_a_spawner_that_raises_fails_the_start(opened, spawner, problem, failure):
+    spawner.problem = problem
+    server = server_of(opened)
+    opened.start(server)
+    assert (server.status, server.failure, minihub.OAuthClient.select().count()) == ("stopped", failure, 0)
+
+
+def test_a_failure_is_forgotten_at_the_next_start(opened, spawner):
+    spawner.problem = RuntimeError("no room")
+    server = server_of(opened)
+    opened.start(server)
+    spawner.problem = None
+    opened.start(server)
+    assert (opened.observe(server).status, server.failure) == ("ready", "")
+
+
+def test_a_port_that_somebody_took_is_replaced(opened, spawner):
+    spawner.exits_at_once, spawner.log_tail = 1, lambda state: "OSError: [Errno 98] Address already in use"
+    server = server_of(opened)
+    opened.start(server)
+    spawner.exits_at_once = None
+    assert opened.observe(opened.observe(server)).status == "ready"
+    assert [launch.name for launch in spawner.launches] == ["", ""] and len({launch.id for launch in spawner.launches}) == 2
+
+
+def test_a_port_is_replaced_only_so_often(opened, spawner):
+    spawner.exits_at_once, spawner.log_tail = 1, lambda state: "OSError: [Errno 98] Address already in use"
+    server = server_of(opened)
+    opened.start(server)
+    for _ in range(minihub.MAX_ATTEMPTS):
+        opened.observe(server)
+    assert (server.status, server.failure, len(spawner.launches)) == (
+        "stopped", "No free port was found for the server", minihub.MAX_ATTEMPTS)
+
+
+def test_two_servers_never_share_a_port(opened, spawner, monkeypatch):
+    other, start = running(opened, "bob"), spawner.start
+    monkeypatch.setattr(spawner, "start", lambda launch: {
+        **start(launch), **({"target": other.target} if len(spawner.launches) == 2 else {})})
+    server = running(opened, "ada")
+    assert (server.target != other.target, len(spawner.launches), len(spawner.running)) == (True, 3, 2)
+
+
+def test_a_server_that_dies_is_noticed(opened, spawner):
+    server = running(opened)
+    spawner.end_all(status=-9)
+    assert (opened.observe(server).status, server.failure) == (
+        "stopped", "The server ended unexpectedly [status=-9]" + LOG_TAIL)
+    assert (opened.proxy.get_all_routes(), minihub.OAuthClient.select().count(), server.tokens.count()) == ({}, 0, 0)
+
+
+def test_a_server_that_runs_is_looked_at_once_a_second(opened, spawner, monkeypatch):
+    server, looks, poll = running(opened), [], spawner.poll
+    monkeypatch.setattr(spawner, "poll", lambda state: looks.append(state) or poll(state))
+    opened.observe(opened.observe(server))
+    assert len(looks) == 1
+
+
+def test_a_server_that_has_just_died_can_be_started(opened, spawner):
+    server = opened.observe(running(opened))
+    spawner.end_all()
+    opened.start(server)
+    assert (opened.observe(server).status, len(spawner.launches)) == ("ready", 2)
+
+
+def test_a_server_that_runs_is_not_started_again(opened, spawner):
+    with pytest.raises(minihub.BadRequest, match="^ada is already running$"):
+        opened.start(running(opened))
+    assert len(spawner.launches) == 1
+
+
+def test_a_server_is_asked_to_stop_and_then_seen_to_have_stopped(opened, spawner):
+    server = running(opened)
+    opened.stop(server)
+    assert (server.status, opened.proxy.get_all_routes()) == ("stopping", {})
+    assert (opened.observe(server).status, server.failure, server.state, spawner.running) == ("stopped", "", None, {})
+    assert (minihub.OAuthClient.select().count(), server.tokens.count()) == (0, 0)
+
+
+def test_a_stubborn_server_is_stopping_until_it_ends(opened, spawner):
+    spawner.stubborn = True
+    server = running(opened)
+    opened.stop(server)
+    assert opened.observe(server).status == "stopping"
+    with pytest.raises(minihub.BadRequest, match="^ada is pending stop$"):
+        opened.start(server)
+    spawner.end_all()
+    assert opened.observe(server).status == "stopped"
+
+
+def test_a_stopped_server_stays_stopped(opened, spawner):
+    server = server_of(opened)
+    opened.stop(server)
+    assert (server.status, opened.get_server(server.user, "").status) == ("stopped", "stopped")
+
+
+def test_a_start_can_be_given_up(opened, spawner):
+    spawner.answers = False
+    server = server_of(opened)
+    opened.start(server)
+    opened.stop(server)
+    assert (opened.observe(server).status, server.failure, spawner.running) == ("stopped", "", {})
+
+
+def test_a_start_that_was_given_up_meanwhile_leaves_no_process(opened, spawner, monkeypatch):
+    server, start = server_of(opened), spawner.start
+    monkeypatch.setattr(spawner, "start", lambda launch: opened.stop(server_of(opened)) or start(launch))
+    opened.start(server)
+    assert (server.status, spawner.running, opened.proxy.get_all_routes()) == ("stopped", {}, {})
+    assert len(spawner.launches) == 1
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_named_server_can_be_forgotten(opened, spawner, stubborn):
+    spawner.stubborn = stubborn
+    server = running(opened, server_name="gpu")
+    opened.stop(server, forget=True)
+    opened.stop(server)
+    spawner.end_all()
+    opened.observe(server)
+    assert (server.status, opened.get_server(server.user, "gpu")) == ("deleted", None)
+
+
+def test_a_named_server_that_is_only_stopped_is_kept(opened):
+    server = running(opened, server_name="gpu")
+    opened.stop(server)
+    assert opened.observe(server).status == opened.get_server(server.user, "gpu").status == "stopped"
+
+
+def test_a_server_deleted_meanwhile_is_not_started(opened):
+    server = running(opened, server_name="gpu")
+    opened.stop(server_of(opened, server_name="gpu"), forget=True)
+    with pytest.raises((minihub.NotFound, minihub.BadRequest)):
+        opened.start(server)
+    assert not opened.proxy.get_all_routes()
+
+
+def interrupted(hub, seconds):
+    """ada's server, whose worker was killed so long ago, after it had written the row and before it started a process."""
+    server = server_of(hub)
+    minihub.Server.update(status="spawning", launch="first", prefix="/user/ada/", state=None,
+                          changed=minihub.now() - timedelta(seconds=seconds)).where(minihub.Server.id == server.id).execute()
+    return server_of(hub)
+
+
+def test_a_start_that_was_interrupted_begins_again(opened, spawner):
+    server = interrupted(opened, minihub.INTERRUPTED_AFTER + 1)
+    opened.observe(server)
+    assert (opened.observe(server).status, [launch.name for launch in spawner.launches]) == ("ready", [""])
+    assert server.launch == spawner.launches[0].id != "first"
+
+
+def test_a_start_that_may_still_be_under_way_is_left_alone(opened, spawner):
+    server = interrupted(opened, minihub.INTERRUPTED_AFTER - 2)
+    assert (opened.observe(server).status, server.launch, spawner.launches) == ("spawning", "first", [])
+
+
+def test_a_process_that_an_interrupted_start_left_is_taken_over(opened, spawner):
+    def find(launch):
+        assert (launch.id, launch.user.name, launch.name, launch.prefix) == ("first", "ada", "", "/user/ada/")
+        spawner.running["first"] = launch
+        return {"target": f"{spawner.address}/first", "launch": "first"}
+
+    spawner.find = find
+    server = interrupted(opened, minihub.INTERRUPTED_AFTER + 1)
+    opened.observe(server)
+    assert (opened.observe(server).status, server.launch, spawner.launches) == ("ready", "first", [])
+
+
+def test_an_interrupted_start_can_be_given_up(opened, spawner):
+    server = interrupted(opened, 1)
+    opened.stop(server)
+    assert (server.status, spawner.launches) == ("stopped", [])
+
+
+def test_many_who_start_a_server_at_once_start_it_once(hub, spawner):
+    def start(number):
+        with hub.connected():
+            server = server_of(hub)
+            with contextlib.suppress(minihub.BadRequest):  # it runs already
+                hub.start(server)
+            status = hub.observe(server).status
+        hub.disconnect()
+        return status
+
+    assert set(in_threads(8, start)) <= {"spawning", "ready"}
+    assert len(spawner.launches) == len(spawner.running) == 1
+
+
+def test_many_who_see_an_interrupted_start_finish_it_once(hub, spawner):
+    def observe(number):
+        with hub.connected():
+            hub.observe(server_of(hub))
+        hub.disconnect()
+
+    with hub.connected():
+        interrupted(hub, minihub.INTERRUPTED_AFTER + 1)
+    in_threads(8, observe)
+    assert len(spawner.launches) == len(spawner.running) == 1
+
+
+def test_many_who_use_a_name_first_make_one_server(hub):
+    def find_or_create(number):
+        with hub.connected():
+            server = server_of(hub, server_name="gpu")
+        hub.disconnect()
+        return server.id
+
+    assert len(set(in_threads(8, find_or_create))) == 1
+
+
+def test_a_server_starts_with_all_that_jupyterhub_singleuser_reads(make_hub, spawner):
+    hub = people(make_hub(public_url="https://hub.example", hub_url="http://10.0.0.1:8000", base_url="/lab"))
+    with hub.connected():
+        hub.arrive(minihub.Mount("/lab/", "http://10.0.0.1:8000"))
+        hub.start(server_of(hub, hub.create_user("a@b c").name, "gpu"))
+        token = spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"]
+        assert hub.check_client("jupyterhub-user-a%40b%20c-gpu", token).redirect_uri == "/lab/user/a@b%20c/gpu/oauth_callback"
+        assert hub.identify_token(token).name == "a@b c"
+    access = '["access:servers!server=a@b c/gpu", "access:servers!user=a@b c"]'
+    assert spawner.launches[0].variables == {
+        "JUPYTERHUB_API_TOKEN": SECRET, "JPY_API_TOKEN": token, "JUPYTERHUB_CLIENT_ID": "jupyterhub-user-a%40b%20c-gpu",
+        "JUPYTERHUB_HOST": "", "JUPYTERHUB_OAUTH_CALLBACK_URL": "/lab/user/a@b%20c/gpu/oauth_callback",
+        "JUPYTERHUB_USER": "a@b c", "JUPYTERHUB_SERVER_NAME": "gpu",
+        "JUPYTERHUB_API_URL": "http://10.0.0.1:8000/lab/hub/api",
+        "JUPYTERHUB_ACTIVITY_URL": "http://10.0.0.1:8000/lab/hub/api/users/a@b%20c/activity",
+        "JUPYTERHUB_BASE_URL": "/lab/", "JUPYTERHUB_SERVICE_PREFIX": "/lab/user/a@b%20c/gpu/",
+        "JUPYTERHUB_OAUTH_ACCESS_SCOPES": access, "JUPYTERHUB_OAUTH_SCOPES": access,
+        "JUPYTERHUB_OAUTH_CLIENT_ALLOWED_SCOPES": "[]", "JUPYTERHUB_ADMIN_ACCESS": "1",
+        "JUPYTERHUB_PUBLIC_URL": "https://hub.example/lab/user/a@b%20c/gpu/",
+        "JUPYTERHUB_PUBLIC_HUB_URL": "https://hub.example/lab/hub/", "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0"}
+
+
+def test_a_server_is_not_told_of_admins_who_may_not_enter(make_hub, spawner):
+    hub = people(make_hub(admin_access=False))
+    with hub.connected():
+        running(hub)
+    assert "JUPYTERHUB_ADMIN_ACCESS" not in spawner.launches[0].variables
+
+
+def test_the_credentials_of_a_server_are_new_at_every_start(opened, spawner):
+    server = running(opened)
+    opened.stop(server)
+    opened.start(server)
+    first, second = [launch.variables["JUPYTERHUB_API_TOKEN"] for launch in spawner.launches]
+    assert (opened.identify_token(first), opened.identify_token(second).name) == (None, "ada")
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{GRINNING FACE}" * 255])
+def test_a_very_long_name_starts_a_server_too(opened, name):
+    opened.create_user(name)
+    assert running(opened, name).prefix == f"/user/{quote(name)}/"
+
+
+def test_a_user_is_not_renamed_under_a_running_server(opened):
+    server = running(opened)
+    with pytest.raises(minihub.BadRequest, match="^Stop the servers of ada before giving them another name$"):
+        opened.change_user(server.user, {"name": "lovelace"})
+    assert opened.find_user("ada").id == server.user_id
+
+
+def test_a_renamed_user_starts_under_the_new_name_in_the_old_home(opened, spawner):
+    ada = opened.find_user("ada")
+    opened.change_user(ada, {"name": "Lovelace"})
+    running(opened, "lovelace")
+    assert (spawner.launches[0].prefix, spawner.launches[0].user.folder) == ("/user/lovelace/", "ada")
+    assert opened.create_user("ada").folder == Like("ada-[0-9a-f]{8}")
+
+
+def test_a_user_is_deleted_with_all_servers(opened, spawner):
+    for name in ("", "gpu", "cpu"):
+        running(opened, server_name=name)
+    opened.delete_user(opened.find_user("ada"), 0)
+    assert (opened.get_user("ada"), spawner.running, opened.proxy.get_all_routes()) == (None, {}, {})
+
+
+def test_a_user_whose_server_will_not_stop_is_not_deleted_yet(opened, spawner):
+    running(opened), running(opened, server_name="gpu")
+    spawner.stubborn = True
+    with pytest.raises(minihub.BadRequest, match=r"^ada's server is in the process of stopping, please wait\.$"):
+        opened.delete_user(opened.find_user("ada"), 0)
+    assert [server.status for server in opened.find_user("ada").servers] == ["stopping", "stopping"]
+    spawner.end_all()
+    opened.delete_user(opened.find_user("ada"), 0)
+    assert opened.get_user("ada") is None
+
+
+def test_only_two_wait_at_a_time(hub):
+    for _ in range(2):
+        hub._waiting.acquire()
+    began = time.monotonic()
+    assert hub.wait_until(lambda: False, 60) is False and time.monotonic() - began < 5
+
+
+def test_whoever_waits_hears_when_it_has_happened(hub):
+    answers = iter([False, False, True])
+    assert hub.wait_until(lambda: next(answers), 60) is True
+
+
+def test_whoever_waits_is_told_when_it_takes_too_long(hub):
+    assert hub.wait_until(lambda: False, 0.06) is False
+
+
+def test_configured_admins_are_there_from_the_start(make_hub, tmp_path):
+    url = f"sqlite:///{tmp_path}/hub.sqlite"
+    people(make_hub(database=url))
+    hub = make_hub(database=url, admins=["Ada", "Grace"])
+    with hub.connected():
+        assert {user.name: user.admin for user in hub.list_users()} == {"root": True, "ada": True, "bob": False, "grace": True}
+        assert not hub.create_user("eve").admin
+
+
+def test_one_worker_ticks_at_a_time(make_hub, tmp_path, pass_time):
+    hubs = [make_hub(database=f"sqlite:///{tmp_path}/hub.sqlite") for _ in range(2)]
+
+    def tick(hub):
+        with hub.connected():
+            return hub.tick()
+
+    assert [tick(hub) for hub in (*hubs, *hubs)] == [True, False, True, False]
+    pass_time(11)
+    assert [tick(hub) for hub in reversed(hubs)] == [True, False]
+
+
+def test_the_ticker_sees_what_nobody_looks_at(opened, spawner):
+    starting, dead = server_of(opened, "bob"), running(opened, "ada")
+    opened.start(starting)
+    spawner.end(dead.launch)
+    opened.tick()
+    assert [server_of(opened, name).status for name in ("ada", "bob")] == ["stopped", "ready"]
+
+
+def test_the_ticker_throws_away_what_has_expired(opened, pass_time):
+    client = minihub.OAuthClient.create(identifier="c", secret="", redirect_uri="/", description="")
+    ada = opened.find_user("ada")
+    for life in (60, 3600):
+        opened.create_token(ada, str(life), expires_in=life)
+    opened.create_token(ada, "for ever")
+    opened.create_code(client, ada, "", "")
+    opened._count_failure({"ada": 1})
+    pass_time(301)
+    opened.tick()
+    assert [token.note for token in opened.tokens_of(ada)] == ["3600", "for ever"]
+    assert (minihub.OAuthCode.select().count(), minihub.Failure.select().count()) == (0, 0)
+
+
+def test_a_fresh_hub_says_once_how_to_become_its_admin(make_hub, tmp_path, caplog):
+    for _ in range(2):
+        hub = make_hub(database=f"sqlite:///{tmp_path}/hub.sqlite")
+        with hub.connected():
+            hub.announce_first_admin()
+    links = re.findall(r"http://\S+/hub/link/\S+", caplog.text)
+    assert len(links) == 1
+    with hub.connected():
+        user = hub.use_link(links[0].rpartition("/")[2], "Grace", "a good password")
+        assert (user.name, user.admin, hub.has_admin()) == ("grace", True, True)
+        with pytest.raises(minihub.Forbidden, match="^This link has been used already. Sign in, or ask an admin for a link of"):
+            hub.use_link(links[0].rpartition("/")[2], "eve", "another password")
+
+
+@pytest.mark.parametrize("settings", [{"authenticator": "dummy", "password": "x"}, {}])
+def test_a_hub_that_needs_no_first_admin_says_nothing(make_hub, caplog, settings):
+    hub = make_hub(**settings)
+    with hub.connected():
+        if not settings:
+            hub.set_password(hub.create_user("root", admin=True), "a good password")
+        caplog.clear()
+        hub.announce_first_admin()
+    assert caplog.text == ""
+
+
+def test_a_link_sets_a_password_once(opened):
+    link = opened.link_for(opened.find_user("ada")).rpartition("/")[2]
+    assert opened.use_link(link, "bob", "a new password").name == "ada"
+    assert opened.authenticator.authenticate({"username": "ada", "password": "a new password"}, {}) == "ada"
+    with pytest.raises(minihub.Forbidden, match="^This link has been used already. Ask for a new one$"):
+        opened.open_link(link)
+
+
+def test_a_link_ends_after_a_while(opened, pass_time):
+    link = opened.link_for(opened.find_user("ada")).rpartition("/")[2]
+    pass_time(opened.settings.link_lifetime - 5)
+    assert opened.open_link(link).name == "ada"
+    pass_time(10)
+    with pytest.raises(minihub.Forbidden, match="^This link is not valid any more. Ask for a new one$"):
+        opened.open_link(link)
+
+
+@pytest.mark.parametrize("link", ["", "x", "W10.x.y", "é", "\0"])
+def test_a_made_up_link_opens_nothing(opened, link):
+    with pytest.raises(minihub.Forbidden, match="^This link is not valid any more. Ask for a new one$"):
+        opened.open_link(link)
+
+
+@pytest.mark.parametrize("password", ["", "short", "x" * 1001, "Long Name", "long name "])
+def test_a_weak_password_is_refused(opened, password):
+    user = opened.create_user("long name")
+    with pytest.raises(minihub.BadRequest, match="^Choose a password of at least 8 characters that is not your name$"):
+        opened.set_password(user, password)
+    assert opened.find_user("long name").password is None
+
+
+def sign_in(hub, name, password, address="10.0.0.1"):
+    """The name of whoever has signed in, or what the hub says instead."""
+    try:
+        user = hub.sign_in({"username": name, "password": password}, {}, address)
+    except minihub.TooMany as error:
+        return error.message
+    return user and user.name
+
+
+def test_too_many_failed_sign_ins_stop_one_address_for_a_while(opened, pass_time):
+    tries = [sign_in(opened, "ADA", "wrong") for _ in range(6)]
+    assert tries == [None] * 5 + [Like(r"Too many failed sign-ins\. Try again in (299|300) seconds")]
+    assert sign_in(opened, "ada", password_of("ada")) == Like("Too many failed sign-ins.*")
+    assert sign_in(opened, "bob", password_of("bob")) == "bob"
+    assert sign_in(opened, "ada", password_of("ada"), "10.0.0.2") == "ada"
+    pass_time(minihub.FAILURES_FORGOTTEN + 1)
+    assert sign_in(opened, "ada", password_of("ada")) == "ada"
+
+
+def test_failed_sign_ins_are_forgotten_after_a_good_one(opened):
+    for _ in range(2):
+        assert [sign_in(opened, "ada", "wrong") for _ in range(4)] == [None] * 4
+        assert sign_in(opened, "ada", password_of("ada")) == "ada"
+
+
+@pytest.mark.parametrize(("key", "limit", "refused", "let_in"), [
+    ("ada", 50, ("ada", "10.9.9.9"), ("bob", "10.9.9.9")), ("10.0.0.1", 200, ("bob", "10.0.0.1"), ("bob", "10.9.9.9"))])
+def test_many_failures_stop_a_name_or_an_address(opened, key, limit, refused, let_in):
+    for _ in range(limit):
+        opened._count_failure({key: limit})
+    assert sign_in(opened, refused[0], password_of(refused[0]), refused[1]) == Like("Too many failed sign-ins.*")
+    assert sign_in(opened, let_in[0], password_of(let_in[0]), let_in[1]) == let_in[0]
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 1000, "\ud800", "\N{GRINNING FACE}" * 300])
+def test_odd_names_cannot_sign_in(opened, name):
+    assert sign_in(opened, name, "wrong") is None
+    assert max(len(row.key) for row in minihub.Failure.select()) <= 255 + len(" 10.0.0.1")
+
+
+def test_whoever_the_authenticator_vouches_for_becomes_a_user(make_hub):
+    hub = make_hub(authenticator="dummy", password="class secret")
+    with hub.connected():
+        assert sign_in(hub, "Eve", "class secret") == "eve" == hub.find_user("EVE").name
+        assert sign_in(hub, "a/b", "class secret") is None
+        assert hub.sign_in({"username": "new", "password": "class secret"}, {}, "", known_only=True) is None
+        assert [user.name for user in hub.list_users()] == ["eve"]
+
+
+def test_two_hubs_in_one_process_share_nothing(make_hub):
+    first, second = people(make_hub()), make_hub()
+    token = token_for(first, "ada")
+    Api(second, token)("GET", "/user", status=403)
+    with first.connected(), second.connected():
+        second.create_user("eve")
+        assert [user.name for user in second.list_users()] == ["eve"]
+    with first.connected():
+        assert first.get_user("eve") is None
+    assert Api(first, token)("GET", "/user").json["name"] == "ada"
+    assert first.secret != second.secret
+
+
+def test_each_thread_has_a_connection_of_its_own(hub):
+    def connection(number):
+        with hub.connected():
+            found = hub.database.connection()
+            assert hub.database.connection() is found
+        hub.disconnect()
+        return id(found), found
+
+    assert len({number for number, _ in in_threads(3, connection)}) == 3
+
+
+FORKING = """
+import os, sys, minihub
+hub = minihub.Hub(database="sqlite:///hub.sqlite", tick_interval=0)
+with hub.connected():
+    hub.create_user("parent")
+    mine = hub.database.connection()
+    child = os.fork()
+    if child == 0:
+        with hub.connected():
+            assert hub.database.connection() is not mine
+            hub.create_user("child")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert hub.database.connection() is mine
+    print([user.name for user in hub.list_users()])
+"""
+
+
+def run_python(code, folder, **environ):
+    """What a fresh Python prints."""
+    return subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True, check=True,
+                          timeout=60, env={"PYTHONPATH": str(HERE), "PATH": os.defpath, **environ}).stdout.strip()
+
+
+def test_a_forked_child_has_a_connection_of_its_own(tmp_path):
+    assert run_python(FORKING, tmp_path) == "['parent', 'child']"
+
+
+def test_a_forked_child_leaves_the_memory_of_its_parent_alone(tmp_path):
+    assert run_python(FORKING.replace("hub.sqlite", ":memory:").replace("os._exit(0)", "sys.exit(0)"), tmp_path,
+                      TMPDIR=str(tmp_path)) == "['parent', 'child']"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("host", "port", "address"), [
+    ("127.0.0.1", 8000, "http://127.0.0.1:8000"), ("0.0.0.0", "80", "http://127.0.0.1:80"), ("::", 8000, "http://[::1]:8000"),
+    ("10.0.0.5", 8000, "http://10.0.0.5:8000"), ("fe80::1", 1, "http://[fe80::1]:1"), ("localhost", 8000, "http://127.0.0.1:8000")])
+def test_the_hub_is_reached_where_it_listens(host, port, address):
+    assert minihub.local_address(host, port) == address
+
+
+########################################################################################################
+# 9. Who is asking
+########################################################################################################
+
+
+class Browser:
+    """A browser at a hub, signed in unless `name` is None: `browser.app` is webtest's, with its cookies."""
+
+    def __init__(self, hub, name=None):
+        self.app = webtest.TestApp(hub, extra_environ={"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost:80"}, lint=True)
+        form = self.app.get("/hub/login", status=200).form
+        if name:
+            form["username"], form["password"] = name, password_of(name)
+            form.submit(status=302)
+
+    @property
+    def xsrf(self):
+        """What the hub's pages have in their forms."""
+        return self.app.get("/hub/home", status=200).forms[0]["_xsrf"].value
+
+    def api(self, method, path, status=200, **headers):
+        """The response to a request made by a script."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.app.request(f"/hub/api{path}", method=method, headers=named, status=status)
+
+
+@pytest.fixture
+def browser(hub):
+    """A browser in which ada has signed in."""
+    return Browser(hub, "ada")
+
+
+OWN_PAGE = "http://localhost:80/hub/home"
+
+
+@pytest.mark.parametrize("scheme", ["token", "Token", "bearer", "BEARER", "token  "])
+def test_a_token_is_taken_in_every_form_of_the_header(hub, scheme):
+    header = {"Authorization": f"{scheme} {token_for(hub, 'ada')}"}
+    assert Api(hub)("GET", "/user", headers=header).json["name"] == "ada"
+
+
+@pytest.mark.parametrize("header", ["token", "token ", "{}", "Basic {}", "token {} more", "token x{}", "token: {}", "token \xff", "token {}\xe9"])
+def test_other_headers_are_refused(hub, header):
+    header = {"Authorization": header.format(token_for(hub, "ada"))}
+    assert Api(hub)("GET", "/user", status=403, headers=header).json == error(403, "Missing or invalid credentials.")
+
+
+def test_a_token_in_the_address_is_no_proof(hub, nobody):
+    nobody("GET", f"/user?token={token_for(hub, 'ada')}", status=403)
+
+
+def test_a_token_ends_when_its_time_is_over(hub, pass_time):
+    api = Api(hub, token_for(hub, "ada", expires_in=60))
+    assert api("GET", "/user").json["name"] == "ada"
+    pass_time(61)
+    assert api("GET", "/user", status=403).json == error(403, "Missing or invalid credentials.")
+
+
+def test_a_token_ends_with_its_user(root, ada):
+    root("DELETE", "/users/ada", status=204)
+    assert ada("GET", "/user", status=403).json == error(403, "Missing or invalid credentials.")
+    root("POST", "/users/ada", status=201)
+    ada("GET", "/user", status=403)
+
+
+def test_a_cookie_ends_with_its_user(root, browser):
+    root("DELETE", "/users/ada", status=204)
+    root("POST", "/users/ada", status=201)
+    browser.api("GET", "/user", status=403, Referer=OWN_PAGE)
+
+
+@pytest.mark.parametrize("referer", [OWN_PAGE, "https://localhost:80/hub/", "http://localhost:80/hub/token?x=/"])
+def test_the_hubs_own_pages_read_by_cookie(browser, referer):
+    assert browser.api("GET", "/user", Referer=referer).json["name"] == "ada"
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Referer": "http://evil.example/hub/"}, {"Referer": "http://localhost:80/user/bob/hub/"}, {"Referer": "http://localhost/hub/"},
+    {"Referer": "/hub/"}, {"Referer": "http://localhost:80.evil.example/hub/"}, {"Referer": "http://[/hub/"}])
+def test_other_pages_do_not_read_by_cookie(browser, headers):
+    assert browser.api("GET", "/user", status=403, **headers).json == error(403, "Missing or invalid credentials.")
+
+
+def test_the_hubs_own_pages_write_by_cookie(browser):
+    assert browser.api("POST", "/users/ada/tokens", status=201, X_XSRFToken=browser.xsrf).json["user"] == "ada"
+
+
+@pytest.mark.parametrize("given", ["", "x", "é", "of another session"])
+def test_other_pages_do_not_write_by_cookie(hub, browser, given):
+    given = Browser(hub, "ada").xsrf if given == "of another session" else given
+    browser.api("DELETE", "/users/ada/server", status=403, X_XSRFToken=given, Referer=OWN_PAGE)
+
+
+def test_a_wrong_token_does_not_keep_a_cookie_from_counting(browser):
+    assert browser.api("GET", "/user", Referer=OWN_PAGE, Authorization="token wrong").json["name"] == "ada"
+
+
+def test_a_right_token_counts_before_a_cookie(hub, browser):
+    headers = {"Authorization": f"token {token_for(hub, 'bob')}"}
+    assert browser.api("GET", "/user", Referer=OWN_PAGE, **headers).json["name"] == "bob"
+
+
+def test_a_cookie_ends_after_two_weeks(browser, pass_time):
+    pass_time(14 * 24 * 3600 - 5)
+    browser.api("GET", "/user", status=200, Referer=OWN_PAGE)
+    pass_time(10)
+    browser.api("GET", "/user", status=403, Referer=OWN_PAGE)
+
+
+def test_a_new_password_ends_all_cookies(hub, browser):
+    with hub.connected():
+        hub.set_password(hub.find_user("ada"), "a new password")
+    browser.api("GET", "/user", status=403, Referer=OWN_PAGE)
+
+
+def test_a_cookie_is_good_under_its_own_name_only(hub, browser):
+    value = browser.app.cookies["jupyterhub-hub-login"].strip('"')
+    with hub.connected():
+        assert minihub.user_of_cookie(hub, "jupyterhub-hub-login", value).name == "ada"
+        assert minihub.user_of_cookie(hub, "jupyterhub-services", value) is None
+        assert minihub.user_of_cookie(hub, "jupyterhub-hub-login", value[:-1]) is None
+
+
+def test_the_hubs_cookies_are_kept_from_scripts_and_other_sites(hub):
+    app = Browser(hub).app
+    form = app.get("/hub/login").form
+    form["username"], form["password"] = "ada", password_of("ada")
+    cookies = form.submit(status=302).headers.getall("Set-Cookie")
+    assert cookies == [Like('jupyterhub-hub-login=[^;]+; HttpOnly; Max-Age=1209600; Path=/hub/; SameSite=Lax')]
+
+
+def test_over_tls_the_hubs_cookies_are_for_tls_only(hub):
+    cookies = webtest.TestApp(hub).get("/hub/login", headers={"X-Forwarded-Proto": "https"}, extra_environ={
+        "REMOTE_ADDR": "127.0.0.1"}).headers.getall("Set-Cookie")
+    assert cookies == [Like("jupyterhub-session-id=[0-9a-f]{32}; HttpOnly; Path=/; SameSite=Lax; Secure")]
+
+
+def oauth_token(hub, name, owner=None):
+    """An access token that a user got for a running server."""
+    with hub.connected():
+        server = server_of(hub, owner or name)
+        if server.status == "stopped":
+            hub.start(server)
+        client = server.clients.get()
+        return hub.create_token(hub.find_user(name), client=client, session_id="5" * 32)[0]
+
+
+def example_path(pattern):
+    """A path of a route, with ada's things in it."""
+    examples = {"name": "ada", "server_name": "gpu", "token_id": "a1", "token": "x", "cookie_name": "x", "cookie_value": "x", "rest": "x"}
+    return re.sub(r"\{(\w+):\w+\}", lambda match: examples[match[1]], pattern)
+
+
+def responders():
+    """Every path of the route table with every method it answers."""
+    for pattern, resource, suffix in minihub.ROUTES:
+        for method in ("GET", "POST", "PATCH", "PUT", "DELETE"):
+            name = f"on_{method.lower()}" + (f"_{suffix}" if suffix else "")
+            if hasattr(resource, name):
+                yield method, pattern
+
+
+#: Where nobody gets something else than a 403 or the way to sign in, and what.
+OPEN_TO_ALL = {
+    ("GET", "/hub/api"): 200, ("GET", "/hub/api/"): 200, ("POST", "/hub/api/oauth2/token"): 400, ("GET", "/"): 302,
+    ("GET", "/hub"): 301, ("GET", "/hub/"): 302, ("GET", "/hub/login"): 200, ("POST", "/hub/login"): 200,
+    ("GET", "/hub/logout"): 302, ("GET", "/hub/health"): 200, ("GET", "/hub/logo"): 200,
+    ("POST", "/hub/security/csp-report"): 204}
+
+
+@pytest.mark.parametrize(("method", "pattern"), list(responders()))
+def test_nobody_gets_in(hub, method, pattern):
+    response = webtest.TestApp(hub).request(example_path(pattern), method=method, status="*")
+    if (method, pattern) in OPEN_TO_ALL:
+        assert response.status_int == OPEN_TO_ALL[method, pattern]
+    elif pattern.startswith("/hub/api/") and "authorize" not in pattern or pattern.startswith("/hub/link/"):
+        assert response.status_int == 403
+    else:
+        assert (response.status_int, urlsplit(response.location).path) == (302, "/hub/login")
+        assert parse_qs(urlsplit(response.location).query) == {"next": [example_path(pattern)]}
+
+
+def test_the_list_of_what_is_open_names_only_what_there_is():
+    assert OPEN_TO_ALL.keys() <= set(responders())
+
+
+@pytest.mark.parametrize(("method", "pattern"), [
+    (method, pattern) for method, pattern in responders() if pattern.startswith("/hub/api/") and "oauth2" not in pattern
+    and pattern not in ("/hub/api/", "/hub/api/user")])
+def test_an_oauth_token_is_refused(hub, method, pattern):
+    api = Api(hub, oauth_token(hub, "root", owner="ada"))
+    assert api(method, example_path(pattern).removeprefix("/hub/api"), status=403).json == error(403, "Forbidden")
+
+
+def test_an_oauth_token_is_good_for_being_identified(hub):
+    model = Api(hub, oauth_token(hub, "ada"))("GET", "/user").json
+    assert {key: model[key] for key in ("kind", "name", "admin", "groups", "scopes", "session_id", "token_id")} == {
+        "kind": "user", "name": "ada", "admin": False, "groups": [], "session_id": "5" * 32, "token_id": Like("o[0-9]+"),
+        "scopes": ["access:servers!server=ada/", "read:users:name!user=ada", "read:users:groups!user=ada"]}
+
+
+def test_the_scopes_of_an_api_token_are_its_owners(hub, root, ada):
+    own = [text.format(me="ada") for text in (
+        "access:servers!user={me}", "read:users:name!user={me}", "read:users:groups!user={me}", "users:activity!user={me}",
+        "read:users:activity!user={me}", "read:servers!user={me}", "servers!user={me}", "tokens!user={me}")]
+    assert ada("GET", "/user").json["scopes"] == own
+    assert root("GET", "/user").json["scopes"] == ["access:servers", *(text.replace("ada", "root") for text in own)]
+
+
+def test_an_admin_who_may_not_enter_has_no_scope_for_it(make_hub):
+    hub = people(make_hub(admin_access=False))
+    assert "access:servers" not in api_of(hub, "root")("GET", "/user").json["scopes"]
+
+
+def activity(hub, name):
+    """When a user, and the newest of the user's tokens, was last seen."""
+    with hub.connected():
+        user = hub.find_user(name)
+        return user.last_activity, user.tokens.order_by(minihub.Token.id.desc()).get().last_activity
+
+
+def test_using_a_token_is_activity(hub, ada, pass_time):
+    assert activity(hub, "ada") == (None, None)
+    ada("GET", "/user")
+    first = activity(hub, "ada")
+    pass_time(20)
+    ada("GET", "/user")
+    assert activity(hub, "ada") == first and None not in first
+    pass_time(20)
+    ada("GET", "/user")
+    assert all(after - before > timedelta(seconds=39) for before, after in zip(first, activity(hub, "ada")))
+
+
+def test_what_a_server_does_with_its_own_token_is_no_activity(hub, spawner):
+    with hub.connected():
+        running(hub)
+    Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"])("GET", "/users/ada")
+    assert activity(hub, "ada") == (None, None)
