@@ -1569,3 +1569,1005 @@ def test_what_a_server_does_with_its_own_token_is_no_activity(hub, spawner):
         running(hub)
     Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"])("GET", "/users/ada")
     assert activity(hub, "ada") == (None, None)
+
+
+########################################################################################################
+# 10. REST resources
+########################################################################################################
+
+
+def user(name, /, **others):
+    """The API's User, as far as it is not said otherwise."""
+    return {"kind": "user", "name": name, "admin": False, "groups": [], "server": None, "pending": None, "created": MOMENT,
+            "last_activity": None, "servers": None, **others}
+
+
+def server(name="", owner="ada", **others):
+    """The API's Server, ready if it is not said otherwise."""
+    place, below = (f"servers/{name}", f"{name}/") if name else ("server", "")
+    return {"name": name, "last_activity": MOMENT, "started": MOMENT, "pending": None, "ready": True, "state": None,
+            "url": f"/user/{owner}/{below}", "user_options": {}, "progress_url": f"/hub/api/users/{owner}/{place}/progress", **others}
+
+
+def api_token(**others):
+    """The API's Token, one asked for through the API if it is not said otherwise."""
+    return {"user": "ada", "id": Like("a[0-9]+"), "kind": "api_token", "note": "Requested via api", "created": MOMENT,
+            "last_activity": None, "expires_at": None, **others}
+
+
+MISSING = error(403, "Missing or invalid credentials.")
+FORBIDDEN = error(403, "Forbidden")
+NOT_FOUND = error(404, "Not Found")
+BAD_JSON = error(400, "Invalid JSON in body of request")
+
+LONG = "x" * 256
+
+#: Requests that are refused and change nothing: who asks for what, with which body, and the answer.
+REFUSED = [
+    ("ada", "GET", "/info", None, FORBIDDEN),
+    ("ada", "GET", "/users", None, FORBIDDEN),
+    ("root", "GET", "/users?state=asleep", None, error(400, "state must be one of active, ready, inactive")),
+    ("ada", "POST", "/users", {"usernames": ["eve"]}, FORBIDDEN),
+    *(("root", "POST", "/users", body, error(400, "Must specify at least one user to create"))
+      for body in (None, {}, [], ["eve"], "eve", 1, {"usernames": []}, {"usernames": ""}, {"usernames": None}, {"names": ["eve"]})),
+    *(("root", "POST", "/users", {"usernames": names}, error(400, "usernames must be a list of strings"))
+      for names in ("eve", ["eve", 1], [None], [["eve"]], {"eve": 1}, 5, True)),
+    ("root", "POST", "/users", {"usernames": ["eve"], "nonsense": 1}, error(400, "Invalid JSON keys: nonsense")),
+    ("root", "POST", "/users", {"usernames": ["eve"], "admin": 1},
+     error(400, "user.admin must be <class 'bool'>, not: <class 'int'>")),
+    ("root", "POST", "/users", {"usernames": ["eve", "a/b"]}, error(400, "Invalid username: a/b")),
+    ("root", "POST", "/users", {"usernames": ["", "eve", "x\0", LONG]}, error(400, f"Invalid usernames: , x\0, {LONG}")),
+    ("root", "POST", "/users", {"usernames": ["ADA", "bob", "ada"]}, error(409, "All 2 users already exist")),
+    ("ada", "GET", "/users/bob", None, FORBIDDEN),
+    ("ada", "GET", "/users/eve", None, FORBIDDEN),
+    ("root", "GET", "/users/eve", None, error(404, "No such user: eve")),
+    ("root", "GET", "/users/%00", None, error(404, "No such user: \0")),
+    ("root", "GET", f"/users/{LONG}", None, error(404, f"No such user: {LONG}")),
+    ("root", "GET", "/users/", None, NOT_FOUND),
+    ("root", "GET", "/users/a%2Fb", None, NOT_FOUND),
+    ("ada", "POST", "/users/eve", None, FORBIDDEN),
+    ("ada", "POST", "/users/ada", None, FORBIDDEN),
+    ("root", "POST", "/users/ADA", None, error(409, "User ada already exists")),
+    ("root", "POST", "/users/eve", {"nonsense": 1, "more": 2}, error(400, "Invalid JSON keys: more, nonsense")),
+    ("root", "POST", "/users/eve", {"admin": "yes"}, error(400, "user.admin must be <class 'bool'>, not: <class 'str'>")),
+    ("root", "POST", "/users/eve", {"groups": "x"}, error(400, "user.groups must be <class 'list'>, not: <class 'str'>")),
+    ("root", "POST", "/users/eve", ["admin"], error(400, "Invalid JSON data: ['admin']")),
+    ("root", "POST", "/users/eve%0A", None, error(400, "Invalid username: eve\n")),
+    ("root", "POST", f"/users/{LONG}", None, error(400, f"Invalid username: {LONG}")),
+    ("root", "POST", "/users/..", None, error(400, "Invalid username: ..")),
+    ("ada", "PATCH", "/users/ada", {"admin": True}, FORBIDDEN),
+    ("root", "PATCH", "/users/eve", {}, error(404, "No such user: eve")),
+    ("root", "PATCH", "/users/ada", None, error(400, "Invalid JSON data: None")),
+    ("root", "PATCH", "/users/ada", [], error(400, "Invalid JSON data: []")),
+    ("root", "PATCH", "/users/ada", {"nonsense": 1}, error(400, "Invalid JSON keys: nonsense")),
+    ("root", "PATCH", "/users/ada", {"groups": []}, error(400, "Invalid JSON keys: groups")),
+    ("root", "PATCH", "/users/ada", {"admin": 1}, error(400, "user.admin must be <class 'bool'>, not: <class 'int'>")),
+    ("root", "PATCH", "/users/ada", {"auth_state": None},
+     error(400, "user.auth_state must be <class 'dict'>, not: <class 'NoneType'>")),
+    ("root", "PATCH", "/users/ada", {"name": 5}, error(400, "user.name must be <class 'str'>, not: <class 'int'>")),
+    ("root", "PATCH", "/users/ada", {"name": "Bob", "admin": True}, error(400, "User bob already exists, username must be unique")),
+    ("root", "PATCH", "/users/ada", {"name": "", "admin": True}, error(400, "Invalid username: ")),
+    ("root", "PATCH", "/users/ada", {"name": "a/b"}, error(400, "Invalid username: a/b")),
+    ("ada", "DELETE", "/users/bob", None, FORBIDDEN),
+    ("ada", "DELETE", "/users/ada", None, FORBIDDEN),
+    ("root", "DELETE", "/users/eve", None, error(404, "No such user: eve")),
+    ("root", "DELETE", "/users/ROOT", None, error(400, "Cannot delete yourself!")),
+    ("nobody", "GET", "/user", None, MISSING),
+    ("ada", "GET", "/users/bob/tokens", None, FORBIDDEN),
+    ("root", "GET", "/users/eve/tokens", None, error(404, "No such user: eve")),
+    *(("ada", "POST", "/users/ada/tokens", body, error(400, "Body must be a JSON dict or empty")) for body in ([], "x", 5, False)),
+    ("ada", "POST", "/users/bob/tokens", None, error(403, "Only admins can request tokens for other users")),
+    ("ada", "POST", "/users/eve/tokens", None, error(403, "Only admins can request tokens for other users")),
+    ("root", "POST", "/users/eve/tokens", None, error(404, "No such user: eve")),
+    *(("ada", "POST", "/users/ada/tokens", {"expires_in": value}, error(400, "expires_in must be a number of seconds greater than 0"))
+      for value in (0, -1, -0.5, "60", True, [], {}, 10 ** 30, 1e300)),
+    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string")) for value in (5, ["x"], {"a": 1}, "\0")),
+    ("nobody", "POST", "/users/ada/tokens", None, MISSING),
+    *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, MISSING) for value in (None, [], "ada", 1)),
+    *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, error(403, "Invalid username or password")) for value in (
+        {}, {"username": "ada"}, {"username": "ada", "password": "wrong"}, {"username": "eve", "password": "x"},
+        {"username": "bob", "password": password_of("bob")}, {"username": ["ada"], "password": [password_of("ada")]})),
+    ("ada", "GET", "/users/ada/tokens/", None, NOT_FOUND),
+    *(("ada", method, f"/users/ada/tokens/{token}", None, error(404, f"No such token {token} for user ada"))
+      for method in ("GET", "DELETE") for token in ("x1", "a0", "a99", "o1", "1", "a", "a" + "9" * 400, "a-1", "a1x", "a1.0")),
+    ("ada", "GET", "/users/ada/tokens/a%C2%B2", None, error(404, "No such token a² for user ada")),
+    ("bob", "GET", "/users/ada/tokens/a1", None, FORBIDDEN),
+    ("bob", "DELETE", "/users/ada/tokens/a1", None, FORBIDDEN),
+    ("root", "DELETE", "/users/eve/tokens/a1", None, error(404, "No such user: eve")),
+    ("bob", "POST", "/users/ada/server", None, FORBIDDEN),
+    ("root", "POST", "/users/eve/server", None, error(404, "No such user: eve")),
+    ("ada", "GET", "/users/ada/server", None, error(405, "Method Not Allowed")),
+    ("ada", "GET", "/users/ada/servers/gpu", None, error(405, "Method Not Allowed")),
+    ("bob", "DELETE", "/users/ada/server", None, FORBIDDEN),
+    ("root", "DELETE", "/users/eve/server", None, error(404, "No such user: eve")),
+    ("ada", "DELETE", "/users/ada/server", {"remove": True}, error(400, "Cannot delete the default server")),
+    ("ada", "DELETE", "/users/ada/servers/", {"remove": True}, error(400, "Cannot delete the default server")),
+    ("ada", "DELETE", "/users/ada/servers/gpu", None, error(404, "ada has no server named 'gpu'")),
+    ("ada", "DELETE", "/users/ada/servers/%00", None, error(404, "ada has no server named '\0'")),
+    ("ada", "DELETE", "/users/ada/server", {"remove": "yes"}, error(400, "server.remove must be <class 'bool'>, not: <class 'str'>")),
+    ("ada", "DELETE", "/users/ada/server", {"nonsense": 1}, error(400, "Invalid JSON keys: nonsense")),
+    ("ada", "POST", "/users/ada/servers/n%201", None, error(400, Like(r"Invalid server_name: 'n 1'\. Use up to 63 letters, .*"))),
+    ("ada", "POST", "/users/ada/servers/%00", None, error(400, Like(r"Invalid server_name: '\\x00'\. Use .*"))),
+    ("bob", "GET", "/users/ada/server/progress", None, FORBIDDEN),
+    ("root", "GET", "/users/eve/server/progress", None, error(404, "No such user: eve")),
+    ("ada", "GET", "/users/ada/servers/gpu/progress", None, error(404, "ada has no server named 'gpu'")),
+    ("ada", "GET", "/users/ada/server/progress", None, error(400, "ada is not starting...")),
+    ("bob", "POST", "/users/ada/activity", {"last_activity": "2026-01-01"}, FORBIDDEN),
+    ("root", "POST", "/users/eve/activity", {"last_activity": "2026-01-01"}, error(404, "No such user: eve")),
+    *(("ada", "POST", "/users/ada/activity", body, error(400, "body must be a json dict")) for body in (None, [], "x", 1)),
+    *(("ada", "POST", "/users/ada/activity", body, error(400, "body must contain at least one of `last_activity` or `servers`"))
+      for body in ({}, {"activity": "2026-01-01"}, {"servers": {}}, {"last_activity": None}, {"last_activity": ""})),
+    *(("ada", "POST", "/users/ada/activity", {"servers": value}, error(
+        400, "servers must be a dict of the form {server_name: {last_activity: timestamp}}"))
+      for value in (["x"], "x", {"": "2026-01-01"}, {"": {}}, {"": {"last_activity": None}}, {"": None}, {"": [1]})),
+    ("ada", "POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}, "gpu": {"last_activity": "2026-01-01"}}},
+     error(400, "No such server 'gpu' for user ada")),
+    *(("ada", "POST", "/users/ada/activity", {"last_activity": value}, error(400, f"Not a valid timestamp: {value!r}"))
+      for value in ("yesterday", 1700000000, True, ["2026-01-01"], "0001-01-01T00:00:00Z")),
+    ("ada", "POST", "/users/ada/activity", {"last_activity": "2026-01-01", "servers": {"": {"last_activity": "soon"}}},
+     error(400, "Not a valid timestamp: 'soon'")),
+    ("ada", "POST", "/users/ada/activity", {"last_activity": "9999-12-31T23:59:59Z"},
+     error(400, "Rejecting activity from more than an hour in the future: 9999-12-31T23:59:59Z")),
+    ("nobody", "GET", "/authorizations/token/x", None, MISSING),
+    ("ada", "GET", "/authorizations/token/x", None, error(404, "No such token, or it has expired")),
+    ("ada", "GET", "/authorizations/token/%00%FF", None, error(404, "No such token, or it has expired")),
+    ("ada", "GET", "/authorizations/token", None, error(405, "Method Not Allowed")),
+    ("nobody", "POST", "/authorizations/token", None, error(403, "Invalid username or password")),
+    ("nobody", "POST", "/authorizations/token", {"username": "ada", "password": "wrong"}, error(403, "Invalid username or password")),
+    ("nobody", "POST", "/authorizations/token", ["ada"], error(400, "Body must be a JSON dict or empty")),
+    ("ada", "POST", "/authorizations/token", {"username": "bob"}, error(403, "Only admins can request tokens for other users.")),
+    ("ada", "POST", "/authorizations/token", {"username": "eve"}, error(403, "Only admins can request tokens for other users.")),
+    ("root", "POST", "/authorizations/token", {"username": "eve"}, error(400, "No such user 'eve'")),
+    ("root", "POST", "/authorizations/token", {"username": ["ada"]}, error(400, "No such user '['ada']'")),
+    ("nobody", "GET", "/authorizations/cookie/jupyterhub-hub-login/x", None, MISSING),
+    ("ada", "GET", "/authorizations/cookie/jupyterhub-hub-login/x", None, error(404, "No such cookie, or it has expired")),
+    ("ada", "GET", "/authorizations/cookie/jupyterhub-hub-login", None, error(404, "No such cookie, or it has expired")),
+    ("ada", "GET", "/authorizations/cookie/%FF/%FF", None, error(404, "No such cookie, or it has expired")),
+    ("nobody", "GET", "/nothing/here", None, NOT_FOUND),
+    ("root", "GET", "/nothing/here", None, NOT_FOUND),
+    ("nobody", "POST", "/", None, error(405, "Method Not Allowed")),
+    ("root", "PUT", "/users/ada", None, error(405, "Method Not Allowed")),
+    ("root", "DELETE", "/users", None, error(405, "Method Not Allowed")),
+]
+
+
+def everything(hub):
+    """All that the hub knows, except when who was last seen."""
+    with hub.connected():
+        return {model: [{key: value for key, value in row.items() if key != "last_activity"} for row in model.select().dicts()]
+                for model in (minihub.User, minihub.Server, minihub.Token, minihub.OAuthClient, minihub.Route)}
+
+
+@pytest.mark.parametrize(("who", "method", "path", "body", "answer"), REFUSED)
+def test_a_request_is_refused_and_changes_nothing(hub, spawner, who, method, path, body, answer):
+    api = api_of(hub, None if who == "nobody" else who)
+    before = everything(hub)
+    response = api(method, path, body, status=answer["status"])
+    assert (response.json, response.content_type) == (answer, "application/json")
+    assert (everything(hub), spawner.launches) == (before, [])
+
+
+@pytest.mark.parametrize("raw", [
+    b"{", b"\xff", b"nonsense", b"NaN", b'{"admin": Infinity}', b'{"x": 1e999}', b'"\\ud800"', b"1" * 5000, b"[" * 100_000,
+    b"{} {}", b"\0", b"admin=1"])
+@pytest.mark.parametrize(("method", "path"), [
+    ("POST", "/users"), ("POST", "/users/eve"), ("PATCH", "/users/ada"), ("POST", "/users/ada/server"), ("DELETE", "/users/ada/server"),
+    ("POST", "/users/ada/tokens"), ("POST", "/users/ada/activity"), ("POST", "/authorizations/token")])
+def test_what_is_no_json_is_refused(root, method, path, raw):
+    assert root(method, path, raw=raw, status=400).json == BAD_JSON
+
+
+def test_deeply_nested_json_is_refused(root, ada):
+    nested = functools.reduce(lambda inner, _: [inner], range(minihub.DEPTH_LIMIT), 0)
+    ada("POST", "/users/ada/server", nested, status=201)
+    assert root("GET", "/users").json[1]["servers"][""]["user_options"] == nested
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("POST", "/users/ada/server", [nested], status=400).json == error(
+        400, "Invalid JSON in body of request: it is nested too deeply")
+
+
+def test_a_huge_body_is_refused(ada):
+    options = '"' + "x" * (minihub.BODY_LIMIT - 2)
+    ada("POST", "/users/ada/server", raw=f'{options}"'.encode(), status=201)
+    assert ada("POST", "/users/ada/server", raw=f'{options}x"'.encode(), status=413).json == error(
+        413, f"The body is longer than {minihub.BODY_LIMIT} bytes")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded", "text/plain", "nonsense"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_whatever_it_is_called(root, kind, encoding):
+    root("POST", "/users/eve", raw='{"admin": true}'.encode(encoding), status=201, headers={"Content-Type": kind})
+    assert root("GET", "/users/eve").json["admin"] is True
+
+
+@pytest.mark.parametrize("path", ["", "/"])
+def test_everybody_can_ask_for_the_version(nobody, path):
+    assert nobody("GET", path).json == {"version": "1.5.1"}
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/", 200), ("GET", "/users", 403), ("GET", "/nothing", 404), ("POST", "/", 405), ("POST", "/oauth2/token", 400),
+    ("OPTIONS", "/users", 200), ("HEAD", "/users", 405)])
+def test_every_answer_of_the_api_has_its_headers(nobody, method, path, status):
+    headers = nobody(method, path, status=status).headers
+    assert {name: headers[name] for name in ("X-JupyterHub-Version", "Access-Control-Allow-Headers", "Content-Security-Policy")} == {
+        "X-JupyterHub-Version": "1.5.1", "Access-Control-Allow-Headers": "accept, content-type, authorization",
+        "Content-Security-Policy": "frame-ancestors 'self'; default-src 'none'; report-uri /hub/security/csp-report"}
+
+
+def test_options_are_empty(nobody):
+    assert nobody("OPTIONS", "/users/ada/server").body == b""
+
+
+def test_what_went_wrong_inside_stays_inside(hub, root, monkeypatch):
+    monkeypatch.setattr(hub, "list_users", lambda state: 1 / 0)
+    response = root("GET", "/users", status=500)
+    assert (response.json, response.headers["X-JupyterHub-Version"]) == (error(500, "Internal Server Error"), "1.5.1")
+
+
+def test_a_database_that_does_not_answer_is_not_the_end(hub, root, monkeypatch):
+    def locked(state):
+        raise minihub.pw.OperationalError("database is locked: SELECT secret FROM users")
+
+    monkeypatch.setattr(hub, "list_users", locked)
+    assert root("GET", "/users", status=503).json == error(503, minihub.NO_DATABASE)
+    monkeypatch.undo()
+    root("GET", "/users", status=200)
+
+
+def test_admins_see_what_the_hub_is_made_of(root):
+    assert root("GET", "/info").json == {
+        "version": "1.5.1", "python": sys.version, "sys_executable": sys.executable,
+        "authenticator": {"class": "minihub.PasswordAuthenticator", "version": minihub.__version__},
+        "spawner": {"class": f"{FakeSpawner.__module__}.FakeSpawner", "version": "unknown"}}
+
+
+def test_admins_see_everybody_with_their_servers(hub, root, spawner):
+    with hub.connected():
+        running(hub, "ada"), running(hub, "ada", "gpu")
+        spawner.answers = False
+        hub.start(server_of(hub, "bob"), {"cpu": 2}, keep_options=False)
+    states = {launch.user.name + launch.name: {"target": Like("http://.*"), "launch": launch.id} for launch in spawner.launches}
+    assert root("GET", "/users").json == [
+        user("root", admin=True, servers={}, last_activity=MOMENT),
+        user("ada", server="/user/ada/", servers={"": server(state=states["ada"]), "gpu": server("gpu", state=states["adagpu"])}),
+        user("bob", pending="spawn", servers={"": server(
+            owner="bob", state=states["bob"], ready=False, pending="spawn", last_activity=None, user_options={"cpu": 2})})]
+
+
+@pytest.mark.parametrize(("state", "names"), [
+    ("active", ["ada", "bob"]), ("ready", ["ada"]), ("inactive", ["root"])])
+def test_admins_can_ask_for_users_by_the_state_of_their_servers(hub, root, spawner, state, names):
+    with hub.connected():
+        running(hub, "ada", "gpu")
+        spawner.answers = False
+        hub.start(server_of(hub, "bob"))
+    assert [model["name"] for model in root("GET", f"/users?state={state}").json] == names
+
+
+def test_unknown_questions_about_users_are_ignored(root):
+    assert len(root("GET", "/users?limit=1&offset=1&nonsense").json) == 3
+
+
+def test_many_users_are_created_at_once(root):
+    created = root("POST", "/users", {"usernames": ["Eve", "ada", "åsa", "eve"], "admin": True, "name": "x", "groups": []}, status=201)
+    assert created.json == [user("eve", admin=True), user("åsa", admin=True)]
+    assert root("GET", "/users/ada").json["admin"] is False
+
+
+def test_more_users_than_sqlite_takes_values_are_created_at_once(hub, root):
+    with hub.connected():
+        hub.database.connection().setlimit(9, 600)  # SQLITE_LIMIT_VARIABLE_NUMBER
+    assert len(root("POST", "/users", {"usernames": [f"user{number}" for number in range(700)]}, status=201).json) == 700
+
+
+def test_a_user_is_seen_by_themselves_and_by_admins(hub, root, ada, spawner):
+    with hub.connected():
+        running(hub)
+    state = {"target": Like("http://.*"), "launch": spawner.launches[0].id}
+    assert ada("GET", "/users/ada").json == user("ada", server="/user/ada/", servers={"": server()}, last_activity=MOMENT)
+    assert root("GET", "/users/ADA").json == user(
+        "ada", server="/user/ada/", servers={"": server(state=state)}, last_activity=MOMENT, auth_state=None)
+
+
+def test_a_user_is_created(root):
+    assert root("POST", "/users/Eve", status=201).json == user("eve")
+    assert root("POST", "/users/grace", {"admin": True, "name": "x", "groups": [], "auth_state": {}}, status=201).json == user(
+        "grace", admin=True)
+
+
+@pytest.mark.parametrize("name", ["a b", "a@b.example", "李", "a;b=c", "x" * 255, "%", "\N{GRINNING FACE}" * 255])
+def test_a_user_can_bear_an_unusual_name(root, name):
+    assert root("POST", f"/users/{quote(name, safe='')}", status=201).json["name"] == name
+    root("POST", f"/users/{quote(name, safe='')}/server", status=201)
+    assert root("GET", f"/users/{quote(name, safe='')}").json["server"] == f"/user/{quote(name, safe='@~')}/"
+    root("DELETE", f"/users/{quote(name, safe='')}", status=204)
+
+
+@pytest.mark.parametrize(("changes", "changed"), [
+    ({}, {}), ({"name": "ada"}, {}), ({"name": "Lovelace"}, {"name": "lovelace"}), ({"admin": True}, {"admin": True}),
+    ({"auth_state": {"é": [1]}}, {"auth_state": {"é": [1]}})])
+def test_a_user_is_changed(root, changes, changed):
+    expected = user("ada", **{"auth_state": None, **changed})
+    assert root("PATCH", "/users/ada", changes).json == expected
+    assert root("GET", f"/users/{expected['name']}").json == {**expected, "servers": {}}
+
+
+def test_an_admin_can_step_down(root):
+    assert root("PATCH", "/users/root", {"admin": False}).json["admin"] is False
+    root("GET", "/users", status=403)
+
+
+def test_a_token_follows_its_user_to_another_name(root, ada):
+    root("PATCH", "/users/ada", {"name": "lovelace"})
+    assert ada("GET", "/users/lovelace").json["name"] == "lovelace"
+    ada("GET", "/users/ada", status=403)
+
+
+def test_a_user_with_a_running_server_keeps_the_name(root, ada):
+    ada("POST", "/users/ada/server", status=201)
+    assert root("PATCH", "/users/ada", {"name": "lovelace"}, status=400).json == error(
+        400, "Stop the servers of ada before giving them another name")
+    assert root("PATCH", "/users/ada", {"admin": True, "name": "ada"}).json["admin"] is True
+
+
+def test_a_user_is_deleted_with_the_servers(hub, root, spawner):
+    root("POST", "/users/ada/server", status=201)
+    root("POST", "/users/ada/servers/gpu", status=201)
+    assert root("DELETE", "/users/ada", status=204).body == b""
+    assert (spawner.running, root("GET", "/users/ada", status=404).json) == ({}, error(404, "No such user: ada"))
+
+
+def test_a_user_whose_server_is_slow_to_stop_is_deleted_later(root, spawner):
+    root("POST", "/users/ada/servers/gpu", status=201)
+    spawner.stubborn = True
+    assert root("DELETE", "/users/ada", status=400).json == error(
+        400, "ada's server is in the process of stopping, please wait.")
+    spawner.end_all()
+    root("DELETE", "/users/ada", status=204)
+
+
+def test_everybody_can_ask_who_they_are(ada):
+    ada("GET", "/user")
+    assert ada("GET", "/user").json == {**user("ada", last_activity=MOMENT), "scopes": [
+        "access:servers!user=ada", "read:users:name!user=ada", "read:users:groups!user=ada", "users:activity!user=ada",
+        "read:users:activity!user=ada", "read:servers!user=ada", "servers!user=ada", "tokens!user=ada"],
+        "session_id": None, "token_id": Like("a[0-9]+")}
+
+
+def test_a_user_sees_their_tokens(hub, ada, pass_time):
+    with hub.connected():
+        hub.create_token(hub.find_user("ada"), "short", expires_in=60)
+        hub.create_token(hub.find_user("ada"), "long", expires_in=3600)
+    oauth_token(hub, "ada")
+    pass_time(61)
+    ada("GET", "/user")
+    tokens = ada("GET", "/users/ada/tokens").json
+    assert tokens == {
+        "api_tokens": [api_token(note="long", expires_at=MOMENT), api_token(note="Server at /user/ada/"),
+                       api_token(note="", last_activity=MOMENT)],
+        "oauth_tokens": [{"user": "ada", "id": Like("o[0-9]+"), "kind": "oauth", "oauth_client": "Server at /user/ada/",
+                          "created": MOMENT, "last_activity": None, "expires_at": None}]}
+
+
+def test_a_token_of_ones_own_is_made_and_works(hub, ada):
+    made = ada("POST", "/users/ADA/tokens", status=201).json
+    assert made == api_token(token=SECRET)
+    assert Api(hub, made["token"])("GET", f"/users/ada/tokens/{made['id']}").json == api_token(id=made["id"], last_activity=MOMENT)
+
+
+@pytest.mark.parametrize(("body", "token"), [
+    ({"note": "for my phone"}, {"note": "for my phone"}), ({"note": "é" * 5000}, {"note": "é" * 5000}), ({"note": ""}, {}),
+    ({"note": None, "expires_in": None, "nonsense": []}, {}), ({"expires_in": 60}, {"expires_at": MOMENT}),
+    ({"expires_in": 0.5}, {"expires_at": MOMENT}), ({"expires_in": 10 ** 9}, {"expires_at": MOMENT})])
+def test_a_token_is_made_as_wished(ada, body, token):
+    assert ada("POST", "/users/ada/tokens", body, status=201).json == api_token(**token, token=SECRET)
+
+
+def test_a_token_lives_as_long_as_wished(hub, ada, pass_time):
+    short = Api(hub, ada("POST", "/users/ada/tokens", {"expires_in": 60}, status=201).json["token"])
+    pass_time(59)
+    short("GET", "/user")
+    pass_time(2)
+    short("GET", "/user", status=403)
+
+
+@pytest.mark.parametrize("body", [None, {"expires_in": 10 ** 9}])
+def test_no_token_lives_longer_than_is_set(make_hub, pass_time, body):
+    hub = people(make_hub(token_lifetime=3600))
+    api = Api(hub, token_for(hub, "ada"))
+    made = Api(hub, api("POST", "/users/ada/tokens", body, status=201).json["token"])
+    pass_time(3590)
+    made("GET", "/user")
+    pass_time(20)
+    made("GET", "/user", status=403)
+
+
+def test_an_admin_makes_tokens_for_others(hub, root):
+    made = root("POST", "/users/ada/tokens", status=201).json
+    assert made == api_token(note="Requested via api by user root", token=SECRET)
+    assert Api(hub, made["token"])("GET", "/user").json["name"] == "ada"
+
+
+def test_a_token_is_made_for_a_password(nobody):
+    body = {"auth": {"username": "Ada", "password": password_of("ada")}, "note": "from home"}
+    assert nobody("POST", "/users/ada/tokens", body, status=201).json == api_token(note="from home", token=SECRET)
+
+
+def test_a_password_makes_no_token_for_whom_the_hub_does_not_know(make_hub):
+    hub = people(make_hub(authenticator="dummy", password="class secret"))
+    body = {"auth": {"username": "eve", "password": "class secret"}}
+    assert Api(hub)("POST", "/users/eve/tokens", body, status=403).json == error(403, "Invalid username or password")
+    with hub.connected():
+        assert hub.get_user("eve") is None
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/users/ada/tokens", lambda password: {"auth": {"username": "ada", "password": password}}),
+    ("/authorizations/token", lambda password: {"username": "ada", "password": password})])
+def test_passwords_cannot_be_tried_without_end(nobody, pass_time, path, body):
+    for _ in range(5):
+        nobody("POST", path, body("wrong"), status=403)
+    response = nobody("POST", path, body(password_of("ada")), status=429)
+    assert response.json == error(429, Like(r"Too many failed sign-ins\. Try again in (299|300) seconds"))
+    assert response.headers["Retry-After"] in ("299", "300")
+    pass_time(301)
+    nobody("POST", path, body(password_of("ada")), status="2*")
+
+
+def test_a_token_is_revoked(hub, ada):
+    made = ada("POST", "/users/ada/tokens", status=201).json
+    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=204).body == b""
+    Api(hub, made["token"])("GET", "/user", status=403)
+    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=404).json == error(
+        404, f"No such token {made['id']} for user ada")
+
+
+def test_a_token_can_revoke_itself(ada):
+    own = ada("GET", "/user").json["token_id"]
+    ada("DELETE", f"/users/ada/tokens/{own}", status=204)
+    ada("GET", "/user", status=403)
+
+
+@pytest.mark.parametrize("who", ["bob", "root"])
+def test_a_token_belongs_to_its_user(hub, ada, who):
+    token = ada("GET", "/user").json["token_id"]
+    path = f"/users/{who}/tokens/{token}"
+    assert api_of(hub, who)("DELETE", path, status=404).json == error(404, f"No such token {token} for user {who}")
+    assert ada("GET", f"/users/ada/tokens/{token}").json["id"] == token
+
+
+def test_an_expired_token_is_no_token(hub, ada, pass_time):
+    made = ada("POST", "/users/ada/tokens", {"expires_in": 60}, status=201).json
+    ada("GET", f"/users/ada/tokens/{made['id']}")
+    pass_time(61)
+    ada("GET", f"/users/ada/tokens/{made['id']}", status=404)
+    ada("GET", f"/authorizations/token/{made['token']}", status=404)
+
+
+def test_revoking_an_oauth_token_revokes_all_for_that_server(hub, root, ada):
+    adas, more, roots = oauth_token(hub, "ada"), oauth_token(hub, "ada"), oauth_token(hub, "root", owner="ada")
+    other = oauth_token(hub, "ada", owner="bob")
+    ada("DELETE", f"/users/ada/tokens/{Api(hub, adas)('GET', '/user').json['token_id']}", status=204)
+    assert [Api(hub, token)("GET", "/user", status="*").status_int for token in (adas, more, roots, other)] == [403, 403, 200, 200]
+
+
+def patient(hub, name="ada"):
+    """The API on a host with threads, where a request may wait."""
+    return Api(lambda environ, start_response: hub({**environ, "wsgi.multithread": True}, start_response), token_for(hub, name))
+
+
+def test_a_server_is_started_and_stopped(ada, spawner):
+    started = ada("POST", "/users/ada/server", {"cpu": 2}, status=201)
+    assert (started.body, started.content_type, spawner.launches[0].user_options) == (b"", "text/plain", {"cpu": 2})
+    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is already running")
+    assert ada("DELETE", "/users/ada/server", status=204).body == b""
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada").json["servers"] == {}
+
+
+def test_an_admin_starts_and_stops_the_servers_of_others(root, spawner):
+    root("POST", "/users/Ada/server", status=201)
+    root("DELETE", "/users/Ada/server", status=204)
+    assert [launch.user.name for launch in spawner.launches] == ["ada"]
+
+
+def test_a_start_that_takes_long_goes_on(ada, spawner):
+    spawner.answers = False
+    response = ada("POST", "/users/ada/server", status=202)
+    assert (response.body, response.content_type) == (b"", "text/plain")
+    ada("POST", "/users/ada/server", status=202)
+    assert (len(spawner.launches), ada("GET", "/users/ada").json["pending"]) == (1, "spawn")
+    assert ada("DELETE", "/users/ada/server", status=400).json == error(400, "ada is pending spawn, please wait")
+
+
+def test_a_host_with_threads_waits_for_a_start(hub, monkeypatch):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(minihub, "answers_http", lambda target, prefix: next(answers))
+    patient(hub)("POST", "/users/ada/server", status=201)
+
+
+def test_a_host_with_threads_does_not_wait_for_ever(make_hub, spawner):
+    spawner.answers = False
+    hub = people(make_hub(slow_spawn_timeout=0.06))
+    patient(hub)("POST", "/users/ada/server", status=202)
+
+
+def test_a_host_with_threads_says_why_a_start_failed(hub, spawner, monkeypatch):
+    exits, spawner.answers = iter([None, None, 7]), False
+    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 7))
+    assert patient(hub)("POST", "/users/ada/server", status=500).json == error(
+        500, "ada's server failed to start. The server ended while it started [status=7]" + LOG_TAIL)
+
+
+@pytest.mark.parametrize(("spoil", "why"), [
+    ({"exits_at_once": 1}, "The server ended while it started [status=1]" + LOG_TAIL), ({"problem": OSError("disk full")}, "OSError: disk full")])
+def test_a_start_that_fails_at_once_is_reported_at_once(ada, spawner, spoil, why):
+    vars(spawner).update(spoil)
+    assert ada("POST", "/users/ada/server", status=500).json == error(500, f"ada's server failed to start. {why}")
+    assert events(ada, "/users/ada/server/progress") == [{"progress": 100, "failed": True, "message": f"Spawn failed: {why}"}]
+
+
+def test_many_requests_start_one_server(hub, spawner):
+    spawner.answers, token = False, token_for(hub, "ada")
+
+    def start(number):
+        status = Api(hub, token)("POST", "/users/ada/server", status="*").status_int
+        hub.disconnect()
+        return status
+
+    assert in_threads(8, start) == [202] * 8
+    assert len(spawner.launches) == 1
+
+
+def test_a_server_that_has_died_is_started_again(ada, spawner):
+    ada("POST", "/users/ada/server", status=201)
+    ada("GET", "/users/ada")
+    spawner.end_all()
+    ada("POST", "/users/ada/server", status=201)
+    assert len(spawner.launches) == 2
+
+
+def test_a_stop_that_takes_long_goes_on(ada, spawner):
+    ada("POST", "/users/ada/server", status=201)
+    spawner.stubborn = True
+    response = ada("DELETE", "/users/ada/server", status=202)
+    assert (response.body, response.content_type) == (b"", "text/plain")
+    ada("DELETE", "/users/ada/server", status=202)
+    assert ada("GET", "/users/ada").json["pending"] == "stop"
+    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is pending stop")
+    spawner.end_all()
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada").json["pending"] is None
+
+
+def test_a_host_with_threads_waits_for_a_stop(hub, spawner, monkeypatch):
+    patient(hub)("POST", "/users/ada/server", status=201)
+    exits, spawner.stubborn = iter([None, None, None]), True
+    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 0))
+    patient(hub)("DELETE", "/users/ada/server", status=204)
+
+
+@pytest.mark.parametrize(("first", "then", "seen"), [
+    ({"cpu": 2}, None, {"cpu": 2}), ({"cpu": 2}, {}, {}), ({"cpu": 2}, [1], [1]), (None, None, None), ({"é": "\0"}, None, {"é": "\0"})])
+def test_options_are_kept_until_others_are_given(ada, spawner, first, then, seen):
+    ada("POST", "/users/ada/server", first, status=201)
+    ada("DELETE", "/users/ada/server", status=204)
+    ada("POST", "/users/ada/server", then, status=201)
+    assert spawner.launches[1].user_options == seen
+    assert ada("GET", "/users/ada").json["servers"][""]["user_options"] == (seen or {})
+
+
+def test_only_so_many_servers_start_at_once(make_hub, spawner):
+    spawner.answers = False
+    hub = people(make_hub(concurrent_spawn_limit=1))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
+    assert response.json == error(429, "Too many servers are starting just now. Try again in a moment")
+    assert response.headers["Retry-After"] == "10"
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+
+
+def test_only_so_many_servers_run(make_hub):
+    hub = people(make_hub(active_server_limit=1))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=201)
+    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
+    assert response.json == error(429, "The hub runs 1 servers already, which is its limit. Stop one first")
+    assert "Retry-After" not in response.headers
+    api_of(hub, "ada")("DELETE", "/users/ada/server", status=204)
+    api_of(hub, "bob")("POST", "/users/bob/server", status=201)
+
+
+def test_a_named_server_is_started_stopped_and_removed(ada, spawner):
+    ada("POST", "/users/ada/servers/gpu", {"gpu": 1}, status=201)
+    assert ada("GET", "/users/ada").json["servers"] == {"gpu": server("gpu", user_options={"gpu": 1})}
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=204)
+    assert ada("DELETE", "/users/ada/servers/gpu", status=404).json == error(404, "ada has no server named 'gpu'")
+
+
+def test_a_running_named_server_is_stopped_before_it_is_removed(ada, spawner):
+    ada("POST", "/users/ada/servers/gpu", status=201)
+    spawner.stubborn = True
+    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=202)
+    spawner.end_all()
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", status=404)
+
+
+def test_an_empty_name_means_the_default_server(ada):
+    ada("POST", "/users/ada/servers/", status=201)
+    assert list(ada("GET", "/users/ada").json["servers"]) == [""]
+    ada("DELETE", "/users/ada/servers/", status=204)
+
+
+def test_a_user_has_only_so_many_named_servers(make_hub):
+    hub = people(make_hub(named_server_limit=1))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/servers/one", status=201)
+    ada("DELETE", "/users/ada/servers/one", status=204)
+    assert ada("POST", "/users/ada/servers/two", status=400).json == error(
+        400, "User ada already has the maximum of 1 named servers.  One must be deleted before a new server can be created")
+    ada("POST", "/users/ada/servers/one", status=201)
+    ada("POST", "/users/ada/server", status=201)
+    api_of(hub, "bob")("POST", "/users/bob/servers/two", status=201)
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_a_hub_can_do_without_named_servers(make_hub, method):
+    hub = people(make_hub(named_servers=False))
+    assert api_of(hub, "ada")(method, "/users/ada/servers/gpu", status=400).json == error(400, "Named servers are not enabled.")
+    api_of(hub, "ada")("POST", "/users/ada/servers/", status=201)
+
+
+def events(api, path):
+    """The events of a progress stream, of which webtest sees what is known at once."""
+    response = api("GET", path)
+    assert (response.content_type, response.headers["Cache-Control"]) == ("text/event-stream", "no-cache")
+    return [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize(("place", "url"), [("server", "/user/ada/"), ("servers/gpu", "/user/ada/gpu/")])
+def test_the_progress_of_a_server_that_runs_is_complete(ada, place, url):
+    ada("POST", f"/users/ada/{place}", status=201)
+    assert events(ada, f"/users/ada/{place}/progress") == [{
+        "progress": 100, "ready": True, "message": f"Server ready at {url}",
+        "html_message": f'Server ready at <a href="{url}">{url}</a>', "url": url}]
+
+
+def test_the_progress_of_a_server_that_starts_is_asked_for_again(ada, spawner):
+    spawner.answers = False
+    ada("POST", "/users/ada/server", status=202)
+    assert events(ada, "/users/ada/server/progress") == [
+        {"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."}]
+    assert ada("GET", "/users/ada/server/progress").text.endswith("\n\nretry: 1000\n\n")
+
+
+def test_a_server_that_was_stopped_makes_no_progress(ada):
+    ada("POST", "/users/ada/server", status=201)
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada/server/progress", status=400).json == error(400, "ada is not starting...")
+
+
+def last_seen(api):
+    """When ada and her servers were last active."""
+    model = api("GET", "/users/ada").json
+    return {"user": model["last_activity"], **{name: found["last_activity"] for name, found in model["servers"].items()}}
+
+
+def test_a_server_reports_activity(hub, root, spawner):
+    with hub.connected():
+        running(hub), running(hub, server_name="gpu")
+    its_own = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"])
+    soon = [minihub.isoformat(minihub.now() + timedelta(minutes=minutes)) for minutes in (10, 20, 30)]
+    body = {"last_activity": soon[2], "servers": {"": {"last_activity": soon[0]}, "gpu": {"last_activity": soon[1]}}}
+    response = its_own("POST", "/users/ada/activity", body)
+    assert (response.body, response.content_type) == (b"", "application/json")
+    assert last_seen(root) == {"user": soon[2], "": soon[0], "gpu": soon[1]}
+
+
+def test_activity_only_moves_forward(hub, root, ada):
+    with hub.connected():
+        running(hub)
+        hub.note_visit(hub.find_user("ada"))
+    before = last_seen(root)
+    root("POST", "/users/ada/activity", {"last_activity": "2020-01-01", "servers": {"": {"last_activity": "2020-01-01T00:00:00Z"}}})
+    assert last_seen(root) == before
+
+
+@pytest.mark.parametrize(("text", "seen"), [
+    ("2020-01-01", "2020-01-01T00:00:00Z"), ("2020-01-01T12:00:00", "2020-01-01T12:00:00Z"),
+    ("2020-01-01T12:00:00.25+02:00", "2020-01-01T10:00:00.250000Z")])
+def test_activity_without_a_zone_is_utc(root, text, seen):
+    root("POST", "/users/ada/activity", {"last_activity": text})
+    assert root("GET", "/users/ada").json["last_activity"] == seen
+
+
+def test_a_server_that_never_ran_can_report_activity(ada):
+    ada("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}}})
+
+
+def test_clocks_may_differ_by_almost_an_hour(ada, pass_time):
+    at = minihub.isoformat(minihub.now() + timedelta(minutes=59, seconds=30))
+    assert ada("POST", "/users/ada/activity", {"last_activity": at}, status=400).json == error(
+        400, f"Rejecting activity from more than an hour in the future: {at}")
+    pass_time(60)
+    ada("POST", "/users/ada/activity", {"last_activity": at})
+
+
+@pytest.mark.parametrize("who", ["bob", "a server"])
+def test_whose_a_token_is_can_be_asked_with_any_token(hub, spawner, who):
+    with hub.connected():
+        running(hub, "bob")
+    asking = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"]) if who == "a server" else api_of(hub, who)
+    token = token_for(hub, "ada")
+    model = asking("GET", f"/authorizations/token/{token}").json
+    assert model == {**user("ada"), "scopes": Api(hub, token)("GET", "/user").json["scopes"], "session_id": None,
+                     "token_id": Like("a[0-9]+")}
+    assert asking("GET", f"/authorizations/token/{oauth_token(hub, 'ada')}").json["name"] == "ada"
+    assert activity(hub, "ada")[0] is not None
+
+
+def test_whose_a_token_is_cannot_be_asked_by_cookie(hub, browser):
+    browser.api("GET", f"/authorizations/token/{token_for(hub, 'ada')}", status=403, Referer=OWN_PAGE)
+
+
+@pytest.mark.parametrize(("who", "body", "name"), [
+    ("ada", None, "ada"), ("ada", {}, "ada"), ("ada", {"username": "ADA"}, "ada"), ("root", {"username": "Ada"}, "ada"), ("root", None, "root"),
+    (None, {"username": "Ada", "password": password_of("ada")}, "ada")])
+def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
+    response = api_of(hub, who)("POST", "/authorizations/token", body)
+    assert response.json == {"token": SECRET, "user": {**user(name, admin=name == "root"), "last_activity": response.json["user"]["last_activity"]},
+                             "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
+    assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
+    cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
+    assert cookies == ([] if who else ["jupyterhub-hub-login", "jupyterhub-session-id"])
+
+
+def test_the_old_way_makes_a_user_of_whom_the_authenticator_vouches_for(make_hub):
+    hub = people(make_hub(authenticator="dummy", password="class secret"))
+    response = Api(hub)("POST", "/authorizations/token", {"username": "Eve", "password": "class secret"})
+    assert response.json["user"]["name"] == "eve"
+
+
+@pytest.mark.parametrize("by_body", [False, True])
+def test_whose_a_cookie_is_can_be_asked_with_any_token(browser, bob, by_body):
+    value = browser.app.cookies["jupyterhub-hub-login"]
+    path = "/authorizations/cookie/jupyterhub-hub-login"
+    response = bob("GET", path, raw=value.encode()) if by_body else bob("GET", f"{path}/{quote(value, safe='')}")
+    assert (response.json["name"], response.json["kind"]) == ("ada", "user")
+
+
+def test_whose_a_cookie_is_depends_on_its_name(browser, bob):
+    value = quote(browser.app.cookies["jupyterhub-hub-login"], safe="")
+    assert bob("GET", f"/authorizations/cookie/jupyterhub-services/{value}", status=404).json == error(
+        404, "No such cookie, or it has expired")
+
+
+########################################################################################################
+# 11. OAuth2 provider
+########################################################################################################
+
+
+VERIFIER = "v" * 43
+CHALLENGE = minihub.challenge_of(VERIFIER)
+PKCE = {"code_challenge": CHALLENGE, "code_challenge_method": "S256"}
+
+
+class Client:
+    """ada's server, as an OAuth client: what it sends browsers to ask, and what it asks itself."""
+
+    def __init__(self, hub, spawner, owner="ada"):
+        with hub.connected():
+            running(hub, owner)
+        variables = spawner.launches[-1].variables
+        self.api = Api(hub)
+        self.identifier, self.secret = variables["JUPYTERHUB_CLIENT_ID"], variables["JUPYTERHUB_API_TOKEN"]
+        self.redirect_uri = variables["JUPYTERHUB_OAUTH_CALLBACK_URL"]
+
+    def authorize(self, **wishes):
+        """The path to which a browser is sent; None leaves a parameter out."""
+        wishes = {"client_id": self.identifier, "redirect_uri": self.redirect_uri, "response_type": "code", "state": "s", **wishes}
+        return f"/oauth2/authorize?{urlencode({name: value for name, value in wishes.items() if value is not None})}"
+
+    def code(self, browser, **wishes):
+        """The code that a browser brings back."""
+        return answer_of(browser.api("GET", self.authorize(**wishes), status=302))["code"]
+
+    def redeem(self, code, status=200, **fields):
+        """The answer to the request for a token."""
+        fields = {"client_id": self.identifier, "client_secret": self.secret, "grant_type": "authorization_code", "code": code,
+                  "redirect_uri": self.redirect_uri, **fields}
+        form = urlencode({name: value for name, value in fields.items() if value is not None})
+        return self.api("POST", "/oauth2/token", raw=form.encode(), status=status, headers={
+            "Content-Type": "application/x-www-form-urlencoded", "Authorization": f"token {self.secret}"})
+
+
+@pytest.fixture
+def client(hub, spawner):
+    return Client(hub, spawner)
+
+
+def answer_of(response):
+    """The parameters with which a browser is sent back to the client."""
+    return {name: value for name, [value] in parse_qs(urlsplit(response.location).query).items()}
+
+
+def test_a_browser_gets_into_its_own_server_at_once(hub, browser, client):
+    response = browser.api("GET", client.authorize(**PKCE), status=302)
+    assert urlsplit(response.location).path == "/user/ada/oauth_callback"
+    assert answer_of(response) == {"code": SECRET, "state": "s"}
+    answer = client.redeem(answer_of(response)["code"], code_verifier=VERIFIER)
+    scopes = ["access:servers!server=ada/", "read:users:name!user=ada", "read:users:groups!user=ada"]
+    assert answer.json == {"access_token": SECRET, "token_type": "Bearer", "expires_in": 1209600, "scope": " ".join(scopes)}
+    assert (answer.headers["Cache-Control"], answer.headers["Pragma"]) == ("no-store", "no-cache")
+    model = Api(hub, answer.json["access_token"])("GET", "/user").json
+    assert (model["name"], model["scopes"], model["session_id"]) == ("ada", scopes, browser.app.cookies["jupyterhub-session-id"])
+
+
+def test_who_is_not_signed_in_signs_in_first(hub, client):
+    browser = Browser(hub)
+    response = browser.api("GET", client.authorize(), status=302)
+    assert urlsplit(response.location).path == "/hub/login"
+    form = browser.app.get(response.location).form
+    form["username"], form["password"] = "ada", password_of("ada")
+    assert urlsplit(form.submit(status=302).location)._replace(scheme="", netloc="").geturl() == f"/hub/api{client.authorize()}"
+
+
+def test_an_admin_is_asked_before_entering_somebody_elses_server(hub, client):
+    browser = Browser(hub, "root")
+    page = browser.api("GET", client.authorize())
+    assert (page.content_type, "ada" in page.text) == ("text/html", True)
+    response = page.form.submit(status=302)
+    answer = client.redeem(answer_of(response)["code"]).json
+    assert answer["scope"].split() == ["access:servers!server=ada/", "read:users:name!user=root", "read:users:groups!user=root"]
+    assert Api(hub, answer["access_token"])("GET", "/user").json["name"] == "root"
+
+
+def test_a_yes_must_come_from_the_hubs_own_page(hub, client):
+    browser = Browser(hub, "root")
+    page = browser.api("GET", client.authorize())
+    page.form["_xsrf"] = "forged"
+    assert page.form.submit(status=403).content_type == "text/html"
+
+
+def test_nobody_gets_into_the_server_of_another_student(hub, client):
+    for method in ("GET", "POST"):
+        response = Browser(hub, "bob").api(method, client.authorize(), status=403)
+        assert (response.content_type, response.location) == ("text/html", None)
+    assert minihub_rows(hub, minihub.OAuthCode) == 0
+
+
+def minihub_rows(hub, model):
+    with hub.connected():
+        return model.select().count()
+
+
+def test_an_admin_stays_outside_where_that_is_set(make_hub, spawner):
+    hub = people(make_hub(admin_access=False))
+    client = Client(hub, spawner)
+    assert Browser(hub, "root").api("GET", client.authorize(), status=403).content_type == "text/html"
+    assert client.code(Browser(hub, "ada")) == SECRET
+
+
+@pytest.mark.parametrize("wishes", [
+    {"client_id": "jupyterhub-user-eve"}, {"client_id": None}, {"client_id": "\0"}, {"redirect_uri": "/user/ada/oauth_callback/"},
+    {"redirect_uri": "/user/ADA/oauth_callback"}, {"redirect_uri": "https://evil.example/user/ada/oauth_callback"}, {"redirect_uri": ""},
+    {"redirect_uri": "/user/ada/oauth_callback?x=1"}])
+def test_a_browser_is_never_sent_to_an_unknown_address(browser, client, wishes):
+    response = browser.api("GET", client.authorize(**wishes), status=400)
+    assert (response.content_type, response.location) == ("text/html", None)
+
+
+@pytest.mark.parametrize(("wishes", "why"), [
+    ({"response_type": "token"}, "unsupported_response_type"), ({"response_type": None}, "unsupported_response_type"),
+    ({**PKCE, "code_challenge_method": "plain"}, "invalid_request"), ({"code_challenge": CHALLENGE}, "invalid_request"),
+    ({**PKCE, "code_challenge": "short"}, "invalid_request"), ({**PKCE, "code_challenge": "\0" * 43}, "invalid_request")])
+def test_a_client_that_asks_wrongly_is_told(browser, client, wishes, why):
+    response = browser.api("GET", client.authorize(**wishes), status=302)
+    assert urlsplit(response.location).path == "/user/ada/oauth_callback"
+    assert answer_of(response) == {"error": why, "state": "s"}
+
+
+@pytest.mark.parametrize("state", ["eyJ1dWlkIjogIngifQ==", "a b&c=d+e/%", "é\r\nSet-Cookie: x=1", "x" * 2000])
+def test_the_state_comes_back_untouched(browser, client, state):
+    response = browser.api("GET", client.authorize(state=state), status=302)
+    assert answer_of(response) == {"code": SECRET, "state": state}
+
+
+def test_what_is_not_said_is_not_answered(browser, client):
+    assert answer_of(browser.api("GET", client.authorize(state=None, redirect_uri=None, scope="nonsense"), status=302)) == {"code": SECRET}
+
+
+def test_a_code_is_good_once(browser, client):
+    code = client.code(browser)
+    client.redeem(code)
+    assert client.redeem(code, status=400).json == {"error": "invalid_grant", "error_description": "The code is not valid"}
+
+
+def test_a_code_is_good_for_five_minutes(browser, client, pass_time):
+    codes = [client.code(browser), client.code(browser)]
+    pass_time(295)
+    client.redeem(codes[0])
+    pass_time(10)
+    assert client.redeem(codes[1], status=400).json["error"] == "invalid_grant"
+
+
+@pytest.mark.parametrize(("fields", "status", "why"), [
+    ({"client_id": "jupyterhub-user-eve"}, 401, "invalid_client"), ({"client_id": None}, 401, "invalid_client"),
+    ({"client_id": "\0"}, 401, "invalid_client"), ({"client_secret": "wrong"}, 401, "invalid_client"),
+    ({"client_secret": None}, 401, "invalid_client"), ({"code": "wrong"}, 400, "invalid_grant"), ({"code": None}, 400, "invalid_grant"),
+    ({"redirect_uri": "/user/ada/"}, 400, "invalid_request"), ({"redirect_uri": ""}, 400, "invalid_request"),
+    ({"grant_type": "password"}, 400, "unsupported_grant_type"), ({"grant_type": None}, 400, "unsupported_grant_type"),
+    ({"code_verifier": None}, 400, "invalid_request"), ({"code_verifier": ""}, 400, "invalid_request"),
+    ({"code_verifier": "w" * 43}, 400, "invalid_grant"), ({"code_verifier": "é\0"}, 400, "invalid_grant")])
+def test_a_wrong_try_does_not_use_up_the_code(browser, client, fields, status, why):
+    code = client.code(browser, **PKCE)
+    answer = client.redeem(**{"code": code, "code_verifier": VERIFIER, **fields}, status=status)
+    assert answer.json == {"error": why, "error_description": Like(".+")}
+    assert client.redeem(code, code_verifier=VERIFIER).json["access_token"] == SECRET
+
+
+def test_a_wrong_address_is_named(browser, client):
+    assert client.redeem(client.code(browser), redirect_uri="/x", status=400).json == {
+        "error": "invalid_request", "error_description": "Mismatching redirect URI."}
+
+
+def test_a_client_without_a_challenge_needs_no_verifier(browser, client):
+    client.redeem(client.code(browser))
+    client.redeem(client.code(browser), code_verifier=VERIFIER)
+
+
+def test_a_code_is_good_for_its_client_only(hub, spawner, browser, client):
+    code = client.code(browser)
+    assert Client(hub, spawner, "bob").redeem(code, status=400).json["error"] == "invalid_grant"
+    client.redeem(code)
+
+
+def test_one_of_many_redeems_a_code(hub, browser, client):
+    code = client.code(browser)
+
+    def redeem(number):
+        status = client.redeem(code, status="*").status_int
+        hub.disconnect()
+        return status
+
+    assert sorted(in_threads(4, redeem)) == [200, 400, 400, 400]
+
+
+def test_the_token_endpoint_is_for_posts(nobody):
+    assert nobody("GET", "/oauth2/token", status=405).json == error(405, "Method Not Allowed")
+
+
+def test_what_a_sign_in_gave_ends_when_the_server_stops(hub, ada, browser, client):
+    token, code = client.redeem(client.code(browser)).json["access_token"], client.code(browser)
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", f"/authorizations/token/{token}", status=404).json == error(404, "No such token, or it has expired")
+    assert client.redeem(code, status=401).json["error"] == "invalid_client"
+    assert browser.api("GET", client.authorize(), status=400).content_type == "text/html"
+
+
+def test_what_a_sign_in_gave_ends_with_signing_out(hub, ada, browser, client):
+    token, code = client.redeem(client.code(browser)).json["access_token"], client.code(browser)
+    elsewhere = client.redeem(client.code(Browser(hub, "ada"))).json["access_token"]
+    browser.app.get("/hub/logout", status=302)
+    Api(hub, token)("GET", "/user", status=403)
+    assert client.redeem(code, status=400).json["error"] == "invalid_grant"
+    assert Api(hub, elsewhere)("GET", "/user").json["name"] == ada("GET", "/user").json["name"] == "ada"
+
+
+def test_signing_out_of_nowhere_ends_nothing(hub, browser, client):
+    token = client.redeem(client.code(browser)).json["access_token"]
+    stranger = Browser(hub)
+    stranger.app.set_cookie("jupyterhub-session-id", browser.app.cookies["jupyterhub-session-id"])
+    stranger.app.get("/hub/logout", status=302)
+    assert Api(hub, token)("GET", "/user").json["name"] == "ada"
+
+
+def test_a_named_server_is_a_client_of_its_own(hub, spawner, ada, browser):
+    ada("POST", "/users/ada/servers/gpu", status=201)
+    variables = spawner.launches[-1].variables
+    location = browser.api("GET", "/oauth2/authorize?" + urlencode({
+        "client_id": "jupyterhub-user-ada-gpu", "response_type": "code"}), status=302).location
+    assert urlsplit(location).path == variables["JUPYTERHUB_OAUTH_CALLBACK_URL"] == "/user/ada/gpu/oauth_callback"
