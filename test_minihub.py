@@ -1747,14 +1747,15 @@ def test_a_request_is_refused_and_changes_nothing(hub, spawner, who, method, pat
     assert (everything(hub), spawner.launches) == (before, [])
 
 
-@pytest.mark.parametrize("raw", [
-    b"{", b"\xff", b"nonsense", b"NaN", b'{"admin": Infinity}', b'{"x": 1e999}', b'"\\ud800"', b"1" * 5000, b"[" * 100_000,
-    b"{} {}", b"\0", b"admin=1"])
+NO_JSON = [b"{", b"\xff", b"nonsense", b"NaN", b'{"admin": Infinity}', b'{"x": 1e999}', b'"\\ud800"', b"1" * 5000, b"[" * 100_000,
+           b"{} {}", b"\0", b"admin=1"]
+
+
 @pytest.mark.parametrize(("method", "path"), [
     ("POST", "/users"), ("POST", "/users/eve"), ("PATCH", "/users/ada"), ("POST", "/users/ada/server"), ("DELETE", "/users/ada/server"),
     ("POST", "/users/ada/tokens"), ("POST", "/users/ada/activity"), ("POST", "/authorizations/token")])
-def test_what_is_no_json_is_refused(root, method, path, raw):
-    assert root(method, path, raw=raw, status=400).json == BAD_JSON
+def test_what_is_no_json_is_refused(root, method, path):
+    assert [root(method, path, raw=raw, status="*").json for raw in NO_JSON] == [BAD_JSON] * len(NO_JSON)
 
 
 def test_deeply_nested_json_is_refused(root, ada):
@@ -2571,3 +2572,249 @@ def test_a_named_server_is_a_client_of_its_own(hub, spawner, ada, browser):
     location = browser.api("GET", "/oauth2/authorize?" + urlencode({
         "client_id": "jupyterhub-user-ada-gpu", "response_type": "code"}), status=302).location
     assert urlsplit(location).path == variables["JUPYTERHUB_OAUTH_CALLBACK_URL"] == "/user/ada/gpu/oauth_callback"
+
+
+########################################################################################################
+# 13. The WSGI application
+########################################################################################################
+
+
+SOURCE = Path(minihub.__file__).read_text()
+
+
+def section_of(line):
+    """The number of the section that a line of minihub.py is in."""
+    banners = [(SOURCE[:match.start()].count("\n") + 1, int(match[1])) for match in re.finditer(r"^# (\d+)\. ", SOURCE, re.MULTILINE)]
+    return max((start, number) for start, number in banners if start <= line)[1]
+
+
+def sections_using(name):
+    """The numbers of the sections in which a name, or a module's attribute, occurs."""
+    module, _, attribute = name.rpartition(".")
+    found = [node for node in ast.walk(ast.parse(SOURCE)) if
+             (isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.value, ast.Name) and node.value.id == module)
+             or (isinstance(node, ast.Name) and node.id == name)]
+    return {section_of(node.lineno) for node in found}
+
+
+@pytest.mark.parametrize(("name", "sections"), [
+    ("os.environ", {2}), ("os.getenv", set()), ("subprocess", {6}), ("falcon", {9, 10, 11, 12, 13}), ("pw", {4, 8}), ("print", {14})])
+def test_a_layer_keeps_to_itself(name, sections):
+    assert sections_using(name) == sections
+
+
+def test_every_responder_says_who_may_ask():
+    responders = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef) and node.name.startswith("on_")]
+    silent = [f"{node.name} in line {node.lineno}" for node in responders
+              if not any("needs_" in ast.unparse(hook) for hook in node.decorator_list) and "Open" not in ast.get_docstring(node)]
+    assert responders and silent == []
+
+
+def test_the_table_of_contents_is_the_files():
+    contents = re.findall(r"\b(\d+) ([\w',]+(?: [\w',]+)*)", minihub.__doc__.partition("Contents:")[2])
+    banners = re.findall(r"^# (\d+)\. (.+)$", SOURCE, re.MULTILINE)
+    assert [(number, title.lower()) for number, title in contents] == [(number, title.lower()) for number, title in banners]
+    mine = re.findall(r"^# (\d+)\. (.+)$", Path(__file__).read_text(), re.MULTILINE)
+    assert set(mine[1:]) <= set(banners[1:]) and mine == sorted(mine, key=lambda banner: int(banner[0]))
+
+
+IMPORTING = """
+import os, sys, threading
+import asyncio, falcon, falcon.routing, itsdangerous, peewee, playhouse.db_url
+events, threads = [], threading.active_count()
+sys.addaudithook(lambda event, arguments: events.append((event, arguments[:2])))
+
+class Environ(dict):
+    def __getitem__(self, key):
+        events.append(("environ", key))
+        return super().__getitem__(key)
+    get = __contains__ = items = __getitem__
+
+os.environ = Environ(os.environ)
+import minihub
+touched = [(event, arguments) for event, arguments in events if event in ("environ", "socket.connect", "socket.bind", "sqlite3.connect",
+           "subprocess.Popen", "os.fork", "os.mkdir") or event == "open" and arguments[1] not in ("r", "rb", None)]
+print(touched, threading.active_count() - threads, "app" in vars(minihub))
+"""
+
+
+def test_importing_minihub_does_nothing(tmp_path):
+    assert run_python(IMPORTING, tmp_path, MINIHUB_DATABASE="nonsense") == "[] 0 False"
+    assert list(tmp_path.iterdir()) == []
+
+
+APP = """
+import minihub
+assert minihub.app is minihub.app and isinstance(minihub.app, minihub.Hub)
+print(minihub.app.settings.database, minihub.app.settings.admins, hasattr(minihub, "nonsense"))
+"""
+
+
+def test_the_app_is_made_of_variables_when_it_is_asked_for(tmp_path):
+    printed = run_python(APP, tmp_path, MINIHUB_DATABASE="sqlite:///my.sqlite", MINIHUB_ADMINS="root")
+    assert printed == "sqlite:///my.sqlite ('root',) False"
+    assert (tmp_path / "my.sqlite").exists()
+
+
+def mounted(hub, prefix):
+    """The hub below a path of another site, as any WSGI dispatcher does it."""
+    def site(environ, start_response):
+        assert environ["PATH_INFO"].startswith(prefix)
+        return hub({**environ, "SCRIPT_NAME": prefix, "PATH_INFO": environ["PATH_INFO"][len(prefix):]}, start_response)
+
+    return webtest.TestApp(site, extra_environ={"REMOTE_ADDR": "127.0.0.1"}, lint=True)
+
+
+@pytest.fixture(params=["mounted", "base_url"])
+def below(request, make_hub):
+    """A hub below /lab, and the site that it is in."""
+    hub = people(make_hub(base_url="/lab/" if request.param == "base_url" else "/"))
+    return hub, mounted(hub, "/lab") if request.param == "mounted" else webtest.TestApp(hub, lint=True)
+
+
+def test_a_hub_below_a_path_stays_there(below, spawner):
+    hub, site = below
+    headers = {"Authorization": f"token {token_for(hub, 'ada')}"}
+    site.post("/lab/hub/api/users/ada/server", headers=headers, status=201)
+    assert site.get("/lab/hub/api/users/ada", headers=headers, status=200).json == user(
+        "ada", server="/lab/user/ada/", last_activity=MOMENT,
+        servers={"": server(url="/lab/user/ada/", progress_url="/lab/hub/api/users/ada/server/progress")})
+    variables = spawner.launches[0].variables
+    assert [variables[f"JUPYTERHUB_{name}"] for name in ("BASE_URL", "SERVICE_PREFIX", "API_URL", "OAUTH_CALLBACK_URL")] == [
+        "/lab/", "/lab/user/ada/", "http://127.0.0.1:80/lab/hub/api", "/lab/user/ada/oauth_callback"]
+    with hub.connected():
+        assert list(hub.proxy.get_all_routes()) == ["/user/ada/"]
+
+
+def test_a_hub_below_a_path_sends_browsers_there(below):
+    hub, site = below
+    response = site.get("/lab/hub/home", status=302)
+    assert urlsplit(response.location)._replace(scheme="", netloc="").geturl() == "/lab/hub/login?next=%2Flab%2Fhub%2Fhome"
+    form = response.follow(status=200).form
+    form["username"], form["password"] = "ada", password_of("ada")
+    response = form.submit(status=302)
+    assert urlsplit(response.location).path == "/lab/hub/home"
+    assert re.findall(r"Path=[^;]+", response.headers["Set-Cookie"]) == ["Path=/lab/hub/"]
+    assert site.get("/lab/hub/home", status=200).text.count('action="/lab/hub/') > 0
+
+
+def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
+    ada("POST", "/users/ada/server", status=201, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+    assert spawner.launches[0].variables["JUPYTERHUB_API_URL"] == "http://127.0.0.1:80/hub/api"
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/hub/nothing", "/hub/users/", "/%FF", "/hub//login"])
+def test_people_get_a_page_when_there_is_nothing(hub, path):
+    response = webtest.TestApp(hub).get(path, status=404)
+    assert (response.content_type, response.headers["X-JupyterHub-Version"], "Nothing here" in response.text) == ("text/html", "1.5.1", True)
+
+
+def test_people_get_a_page_when_the_hub_fails(hub, browser, monkeypatch):
+    monkeypatch.setattr(hub, "servers_of", lambda user: 1 / 0)
+    response = browser.app.get("/hub/home", status=500)
+    assert (response.content_type, "ZeroDivisionError" in response.text) == ("text/html", False)
+
+
+@pytest.mark.parametrize(("path", "kind", "text"), [
+    ("/hub/api/user", "application/json", json.dumps(error(503, minihub.NO_DATABASE))), ("/hub/home", "text/plain", minihub.NO_DATABASE)])
+def test_without_its_database_the_hub_says_so(hub, monkeypatch, path, kind, text):
+    def gone(self):
+        raise minihub.pw.OperationalError("could not connect: password=secret")
+
+    monkeypatch.setattr(Hub, "database", property(gone))
+    response = webtest.TestApp(hub).get(path, status=503)
+    monkeypatch.undo()
+    assert (response.content_type, response.text) == (kind, text)
+    assert (response.headers["Retry-After"], response.headers["X-JupyterHub-Version"]) == ("5", "1.5.1")
+
+
+def test_a_hub_ticks_by_itself_after_its_first_request(make_hub, spawner):
+    hub = people(make_hub(tick_interval=0.01))
+    Api(hub, token_for(hub, "ada"))("POST", "/users/ada/server", status=201)
+    spawner.end_all()
+    hub._looked_at.clear()
+
+    def is_noticed():
+        with hub.connected():
+            return hub.get_server(hub.find_user("ada"), "").status == "stopped"
+
+    wait_for(is_noticed)
+    hub._ticking.set()
+
+
+def test_a_hub_that_is_told_to_does_not_tick(hub, nobody):
+    before = threading.active_count()
+    nobody("GET", "/")
+    assert (hub._ticking, threading.active_count()) == (None, before)
+
+
+########################################################################################################
+# 14. Command line
+########################################################################################################
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs `minihub ...` on a database in the test's folder: the exit status, what it printed, what it complained of."""
+    def run(*words):
+        status = minihub.main(list(words))
+        return (status, *(text.strip() for text in capsys.readouterr()))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIHUB_PUBLIC_URL", "https://hub.example")
+    return run
+
+
+def hub_of(command, make_hub, tmp_path):
+    """The hub on the command line's database."""
+    return make_hub(database=f"sqlite:///{tmp_path}/minihub.sqlite")
+
+
+def test_a_link_for_somebody_new_makes_a_user(command, make_hub, tmp_path):
+    status, link, complaint = command("link", "Ada")
+    assert (status, link, complaint) == (0, Like(r"https://hub\.example/hub/link/\S+"), "")
+    hub = hub_of(command, make_hub, tmp_path)
+    with hub.connected():
+        user = hub.open_link(link.rpartition("/")[2])
+        assert (user.name, user.admin) == ("ada", False)
+
+
+def test_a_link_can_make_an_admin(command, make_hub, tmp_path):
+    command("link", "ada")
+    assert command("link", "ada", "--admin")[0] == 0
+    with (hub := hub_of(command, make_hub, tmp_path)).connected():
+        assert hub.find_user("ada").admin
+
+
+def test_the_command_line_makes_a_token(command, make_hub, tmp_path):
+    command("link", "ada")
+    status, token, complaint = command("token", "ADA", "--note", "for the backup")
+    assert (status, token, complaint) == (0, SECRET, "")
+    hub = hub_of(command, make_hub, tmp_path)
+    assert Api(hub, token)("GET", "/users/ada/tokens").json["api_tokens"] == [
+        api_token(note="for the backup", last_activity=MOMENT)]
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    (("token", "eve"), "minihub: No such user: eve"), (("link", "a/b"), "minihub: Invalid username: a/b"),
+    (("link", ""), "minihub: Invalid username:")])
+def test_the_command_line_says_what_cannot_be(command, words, complaint):
+    assert command(*words) == (1, "", complaint)
+
+
+def test_the_command_line_says_what_is_set_wrong(command, monkeypatch):
+    monkeypatch.setenv("MINIHUB_START_TIMEOUT", "soon")
+    assert command("link", "ada") == (
+        1, "", "minihub: Setting start_timeout (MINIHUB_START_TIMEOUT) must be a number, not 'soon'")
+
+
+@pytest.mark.parametrize("words", [(), ("nonsense",), ("link",), ("token", "ada", "--nonsense")])
+def test_the_command_line_explains_itself(command, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(*words)
+    assert capsys.readouterr().err.startswith("usage: minihub ")
+
+
+def test_the_module_is_the_command(tmp_path):
+    assert run_python("import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('minihub', run_name='__main__')",
+                      tmp_path) == f"minihub {minihub.__version__}"
