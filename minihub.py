@@ -3126,7 +3126,10 @@ def is_from_hub_page(req: falcon.Request, hub: HubCore) -> bool:
     if req.method not in ("GET", "HEAD", "OPTIONS"):
         given = req.get_header("X-XSRFToken") or ""
         return bool(session_id_of(req)) and hmac.compare_digest(given.encode(), xsrf_token(req, hub).encode())
-    referer = urlsplit(req.get_header("Referer") or "")
+    try:
+        referer = urlsplit(req.get_header("Referer") or "")
+    except ValueError:
+        return False
     return referer.netloc == req.env["minihub.client"].host and referer.path.startswith(req.env["minihub.mount"].hub)
 
 
