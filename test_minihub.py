@@ -1270,3 +1270,146 @@ def test_names_cannot_be_html(hub):
     assert [b.text for b in page.html.select(".card .row b")][-1] == '<img src=x>"\'&'
     assert page.html.img is None
     assert pages.get(f"/hub/spawn/{quote('<img src=x>')}%22'&", status=200).html.img is None
+
+
+# The real thing: Chromium, gunicorn with one sync worker, and JupyterLab
+
+CHROMIUM_OPTIONS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+                    " --disable-component-update --disable-sync").split()
+PASSWORD = "correct horse"
+
+
+@pytest.fixture
+def chromium():
+    """Opens a page in a browser session of its own: `chromium(java_script_enabled=False)`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[test]'")
+    if not CHROMIUM:
+        pytest.skip("apt-get install chromium")
+    with playwright.sync_playwright() as driver, contextlib.closing(
+            driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)) as chrome:
+        def open_page(**options):
+            context = chrome.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+            context.set_default_timeout(60_000)
+            return context.new_page()
+
+        yield open_page
+
+
+def choose_password(page, link, **fields):
+    """Open a sign-in link and do what it asks for."""
+    page.goto(link)
+    for name, value in {**fields, "password": PASSWORD, "again": PASSWORD}.items():
+        page.fill(f"[name={name}]", value)
+    page.click("text=Save and sign in")
+    page.wait_for_url("**/hub/home")
+
+
+def first_admin(hub, page):
+    """Become the first admin, by the link that the hub has printed."""
+    link = wait_for(lambda: re.search(r"http://\S+/hub/link/\S+", hub.log.read_text()), message="no link was printed")[0]
+    choose_password(page, link, username="Teacher")
+    return page
+
+
+def students(hub, teacher, chromium, *names):
+    """A page each for new students, who have come by the links that the People page shows."""
+    teacher.goto(f"{hub.url}/hub/admin")
+    teacher.fill("[name=names]", "\n".join(names))
+    teacher.click("text=Add >> nth=-1")
+    pages = [chromium() for _ in names]
+    for page, link in zip(pages, teacher.locator("code").all_text_contents(), strict=True):
+        choose_password(page, link)
+    return pages
+
+
+def start_lab(page):
+    """From home into JupyterLab."""
+    page.click("button:has-text('Start') >> nth=0")
+    page.wait_for_url("**/user/*/lab**")
+    page.wait_for_selector(".jp-LauncherCard")
+
+
+def run_cell(page, code):
+    """What a new notebook's first cell prints."""
+    page.click(".jp-LauncherCard[data-category=Notebook] >> nth=0")
+    page.wait_for_selector("#jp-main-statusbar >> text=/Idle/")
+    page.click(".jp-Notebook .cm-content")
+    page.keyboard.type(code)
+    page.keyboard.press("Shift+Enter")
+    return page.wait_for_selector(".jp-OutputArea-output").inner_text().strip()
+
+
+def sign_in_page(page, name):
+    """Fill in the sign-in form."""
+    page.fill("[name=username]", name)
+    page.fill("[name=password]", PASSWORD)
+    page.click("main button")
+
+
+@needs_singleuser
+def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
+    hub = live()
+    teacher = first_admin(hub, chromium())
+    ada, bob = students(hub, teacher, chromium, "ada", "bob")
+    server = f"{hub.url}/user/ada/lab"
+
+    start_lab(ada)
+    assert run_cell(ada, "print(6*7)") == "42"
+
+    assert bob.goto(server).status == 403
+    assert bob.inner_text("[role=alert]") == "You may not open the server of ada"
+
+    teacher.goto(server)
+    assert teacher.inner_text("h1") == "Open this server?"
+    teacher.click("button:has-text('Open it')")
+    teacher.wait_for_selector(".jp-LabShell")
+
+    ada.goto(f"{hub.url}/hub/logout")
+    ada.goto(server)
+    assert ada.inner_text("h1") == "Sign in"
+    sign_in_page(ada, "ada")
+    ada.wait_for_selector(".jp-LabShell")
+
+    ada.goto(f"{hub.url}/hub/home")
+    ada.click("text=Stop")
+    ada.wait_for_selector("text=not running")
+    ada.click("text=Sign out ada")
+    ada.goto(server)
+    assert ada.inner_text("h1") == "Sign in"
+
+
+def class_with_one_password(live, folder, cmd):
+    """A hub that lets everybody in with one password, whose servers are that command."""
+    pytest.importorskip("tornado", reason="pip install '.[classroom]'")
+    (folder / "echo.py").write_text(ECHO_SERVER)
+    return live(authenticator="dummy", password=PASSWORD, cmd=cmd.format(python=sys.executable, echo=folder / "echo.py"))
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_pages_work_with_and_without_javascript(live, tmp_path, chromium, scripts):
+    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; exec {python} {echo}'")
+    page = chromium(java_script_enabled=scripts)
+    page.goto(f"{hub.url}/user/ada/echo")
+    sign_in_page(page, "ada")
+    assert page.inner_text("h1") == "Your server is not running"
+    page.click("text=Start")
+    assert page.inner_text("h1") == "Your server is starting"
+    page.wait_for_url("**/user/ada/echo")
+    assert json.loads(page.inner_text("body"))["uri"] == "/user/ada/echo"
+    page.goto(f"{hub.url}/hub/home")
+    assert page.get_attribute("text=Open", "href") == "/user/ada/"
+    page.click("text=Stop")
+    page.wait_for_selector("text=not running")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_failed_start_shows_its_log_in_the_browser(live, tmp_path, chromium, scripts):
+    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; echo No module named antigravity; exit 3'")
+    page = chromium(java_script_enabled=scripts)
+    page.goto(f"{hub.url}/hub/login")
+    sign_in_page(page, "ada")
+    page.click("text=Start >> nth=0")
+    assert page.inner_text("h1") == "Your server is starting"
+    page.wait_for_selector("pre")
+    assert page.inner_text("h1") == "Your server has failed"
+    assert page.inner_text("pre") == "No module named antigravity"
