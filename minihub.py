@@ -3081,7 +3081,7 @@ class AuthorizeResource(Resource):
         else:
             show(req, resp, self.hub, "Open this server?", markup(
                 '<form method=post class=card>{xsrf}<p>This is the server of <b>{owner}</b>. What you change there, you change'
-                ' for them. Open it only if you trust them: while you look, their notebooks can do here what you can.</p>'
+                ' for them. Open it only if you trust them: their pages can do here whatever you can.</p>'
                 '<div class=actions><button>Open it</button><a class="button quiet" href="{home}">Not now</a></div></form>',
                 owner=client.server.user.name, xsrf=xsrf_field(req, resp, self.hub), home=hub_path(req, "home")))
 
@@ -3208,7 +3208,7 @@ button:focus-visible, a:focus-visible, input:focus-visible, textarea:focus-visib
   outline: 3px solid var(--main); outline-offset: 2px }
 form { margin: 0 }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
-.row > :first-child { flex: 1 1 9rem; min-width: 0; overflow-wrap: anywhere }
+.row > :first-child { flex: 1 1 7rem; min-width: 0; overflow-wrap: anywhere }
 .row > :first-child input { margin-top: 0 }
 .row + .row { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
 .row + .below { margin: .5rem 0 0 1rem; padding: 0; border: 0 }
@@ -3426,7 +3426,8 @@ class HomePage(Resource):
 
 def server_card(req, resp, hub, servers) -> Markup:
     """Servers, each with what can be done to it, and above them what has gone wrong with the last ones."""
-    problems = [problem(server.failure) for server in servers if server.failure]
+    problems = [problem(f"{server.name}: {server.failure}" if server.name else server.failure)
+                for server in servers if server.failure]
     rows = [server_line(req, resp, hub, server) for server in servers]
     return markup("{problems}<section class=card>{rows}</section>", problems=problems, rows=rows)
 
@@ -3639,8 +3640,8 @@ class AdminPage(Resource):
         show(req, resp, self.hub, "People", markup(
             '{news}<form method=post class=card action="{action}">{xsrf}<h2>Add people</h2><label>Names, one a line'
             '<textarea name=names rows=4 spellcheck=false autocapitalize=none required>{names}</textarea></label>'
-            '<button>Add</button></form><section class=card><h2>Everybody</h2><p class=state>A name leads to the server.'
-            ' Who has lost a link or a password needs a new sign-in link.</p>{people}</section>', news=news, names=names,
+            '<button>Add</button></form><section class=card><h2>Everybody</h2><p class=state>A name leads to its server.'
+            ' Whoever has lost their link or password gets a new sign-in link here.</p>{people}</section>', news=news, names=names,
             xsrf=xsrf_field(req, resp, self.hub), people=people, action=hub_path(req, "admin")), status=status)
 
     def _person(self, req, resp, user, servers):

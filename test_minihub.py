@@ -930,6 +930,12 @@ def test_a_failed_start_shows_the_last_lines_of_its_log(hub, spawner):
     assert pages.get("/hub/home").html.pre.text == response.html.pre.text
 
 
+def test_the_page_tells_which_of_several_servers_has_failed(hub, spawner):
+    pages, spawner.exits_at_once = browser(hub, "ada"), 3
+    start_named(pages, "project").follow()
+    assert alert_of(pages.get("/hub/home"))[0].startswith("project: The server ended while it started [status=3]")
+
+
 def test_the_log_on_the_page_cannot_be_html(hub, spawner, monkeypatch):
     monkeypatch.setattr(spawner, "log_tail", lambda state: "<script>alert(1)</script>")
     pages, spawner.exits_at_once = browser(hub, "ada"), 1
