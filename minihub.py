@@ -1966,9 +1966,9 @@ class HubCore:
         """Where a hub that has had no request yet is likely to be."""
         return Mount(self.settings.base_url, self.settings.hub_url or listening_address() or "http://127.0.0.1:8000")
 
-    def public_link(self, path: str) -> str:
-        """A link for people, to `path` below the hub's pages."""
-        return f"{self.settings.public_url or self.mount.address}{self.mount.hub}{path}"
+    def public_link(self, path: str, site: str = "") -> str:
+        """A link for people, to `path` below the hub's pages; `site` is https://host where the one who asks sees them."""
+        return f"{self.settings.public_url or site or self.mount.address}{self.mount.hub}{path}"
 
     # People
 
@@ -2192,9 +2192,9 @@ class HubCore:
     def _link_signer(self):
         return itsdangerous.URLSafeTimedSerializer(self.secret, salt="minihub-link")
 
-    def link_for(self, user: User) -> str:
+    def link_for(self, user: User, site: str = "") -> str:
         """A one-time link with which the user chooses a password."""
-        return self.public_link("link/" + self._link_signer().dumps([user.id, user.session_key]))
+        return self.public_link("link/" + self._link_signer().dumps([user.id, user.session_key]), site)
 
     def first_admin_link(self) -> str:
         """The link with which the first admin chooses name and password; good until there is one."""
@@ -3188,8 +3188,9 @@ def needs_api_token(req, resp, resource, params):
 def needs_login(req, resp, resource, params):
     """For people signed in in the browser; others are sent to sign in and come back."""
     if session_user(req, resource.hub) is None:
-        here = request_target(req.env)
-        raise falcon.HTTPFound(f"{req.env['minihub.mount'].hub}login?{urlencode({'next': here})}")
+        # A form's own address is no page to come back to.
+        here = f"?{urlencode({'next': request_target(req.env)})}" if req.method in ("GET", "HEAD") else ""
+        raise falcon.HTTPFound(f"{req.env['minihub.mount'].hub}login{here}")
     resource.hub.note_visit(req.context.user)
 
 
@@ -3890,6 +3891,10 @@ def sign_in_browser(req: falcon.Request, resp: falcon.Response, hub: HubCore, us
 # 11. OAuth2 provider
 ########################################################################################################
 
+SERVER_WARNING = (" What you change there, you change for them. Open it only if you trust them: their pages can do here whatever"
+                  " you can.")
+
+
 class AuthorizeResource(Resource):
     """`/oauth2/authorize`: a page, in spite of its path, through which browsers pass on their way into a server."""
 
@@ -3901,11 +3906,13 @@ class AuthorizeResource(Resource):
         if own or (client.service and client.service.spec["oauth_no_confirm"]):
             self._grant(req, resp, client)
         else:
-            what = f"the server of {client.server.user.name}" if client.server else f"the service {client.service.name}"
-            show(req, resp, self.hub, "Open this?", markup(
-                "<p>You are about to open <b>{what}</b>. Programs there will learn your name.</p>"
-                "<form method=post>{xsrf}<button>Open it</button> <a class=button href={home}>Not now</a></form>",
-                what=what, xsrf=xsrf_field(req, resp, self.hub), home=hub_path(req, "home")))
+            what, whose, warning = ("server", client.server.user.name, SERVER_WARNING) if client.server else (
+                "service", client.service.name, "")
+            show(req, resp, self.hub, f"Open this {what}?", markup(
+                '<form method=post class=card>{xsrf}<p>This is the {what} {of}<b>{whose}</b>. Programs there will learn your name.'
+                '{warning}</p><div class=actions><button>Open it</button><a class="button quiet" href="{home}">Not now</a></div>'
+                '</form>', what=what, of="of " if client.server else "", whose=whose, warning=warning,
+                home=hub_path(req, "home"), xsrf=xsrf_field(req, resp, self.hub)))
 
     @falcon.before(needs_login)
     @falcon.before(needs_xsrf)
@@ -3983,7 +3990,8 @@ LAYOUT = """<!doctype html>
 <head>
 <meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{title} - minihub</title>
+{reload}
 <link rel=icon href="{hub}logo" type=image/svg+xml>
 <style nonce="{nonce}">{style}</style>
 </head>
@@ -4002,9 +4010,9 @@ LOGO = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width
 
 STYLE = Markup("""
 :root { color-scheme: light dark; --ink: #1c2433; --soft: #5b6577; --paper: #f5f6f9; --card: #fff; --line: #d9dde6;
-  --main: #2456d6; --on-main: #fff; --bad: #b3261e; --good: #1b7f4b }
+  --edge: #858ea0; --main: #2456d6; --on-main: #fff; --bad: #b3261e; --good: #1b7f4b }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaf1; --soft: #a3adc0; --paper: #12161f; --card: #1b2130;
-  --line: #353e51; --main: #7ea2ff; --on-main: #10141d; --bad: #ff9a91; --good: #6fd6a3 } }
+  --line: #353e51; --edge: #717c93; --main: #7ea2ff; --on-main: #10141d; --bad: #ff9a91; --good: #6fd6a3 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 header { display: flex; justify-content: space-between; align-items: center; flex-wrap: wrap; gap: .5rem 1rem;
@@ -4014,7 +4022,6 @@ header > a { font-weight: 650 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; color: var(--soft) }
 nav a:hover { color: var(--main) }
 main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-main.narrow { max-width: 26rem }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1.2rem }
 h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 p { margin: 0 0 .8rem }
@@ -4022,32 +4029,43 @@ a { color: var(--main) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.2rem; margin: 0 0 1rem }
 label { display: block; font-weight: 600; margin: 0 0 .9rem }
 input[type=text], input[type=password], textarea { display: block; width: 100%; margin-top: .25rem; padding: .6rem .7rem;
-  font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 8px }
-button, .button { display: inline-block; padding: .55rem 1.1rem; font: inherit; font-weight: 600; cursor: pointer;
+  font: inherit; font-weight: 400; color: inherit; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px }
+input[readonly] { color: var(--soft); border-color: var(--line) }
+::placeholder { color: var(--soft); opacity: 1 }
+button, .button { display: inline-block; padding: .5rem .95rem; font: inherit; font-weight: 600; cursor: pointer;
   color: var(--on-main); background: var(--main); border: 1px solid var(--main); border-radius: 8px; text-decoration: none }
 .quiet { color: var(--main); background: none }
 button:focus-visible, a:focus-visible, input:focus-visible, textarea:focus-visible {
   outline: 3px solid var(--main); outline-offset: 2px }
 form { margin: 0 }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
-.row > :first-child { flex: 1 1 9rem; min-width: 0; overflow-wrap: anywhere }
+.row > :first-child { flex: 1 1 7rem; min-width: 0; overflow-wrap: anywhere }
+.row > :first-child input { margin-top: 0 }
 .row + .row { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+.row + .below { margin: .5rem 0 0 1rem; padding: 0; border: 0 }
+.actions { display: flex; flex-wrap: wrap; gap: .5rem }
 .state { color: var(--soft); font-size: .9rem; display: block }
 .state.ready { color: var(--good) }
 .problem { border-left: 4px solid var(--bad); padding: .6rem .9rem; background: var(--card); margin: 0 0 1rem;
   overflow-wrap: anywhere }
 pre, code { font: .85rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap }
-progress { width: 100%; height: 1rem; accent-color: var(--main) }
+pre { margin: .6rem 0 0 }
+code { user-select: all }
+label small { font-weight: 400; color: var(--soft) }
+label + .state, .card > :last-child { margin-bottom: 0 }
+progress { width: 100%; height: 1rem; margin-bottom: .8rem; accent-color: var(--main) }
 """)
+
+RELOAD = Markup("<noscript><meta http-equiv=refresh content=2></noscript>")
 
 PROGRESS_SCRIPT = Markup("""
 const box = document.getElementById("progress"), events = new EventSource(box.dataset.events);
+const leave = (ready) => { events.close(); location.replace(ready ? box.dataset.next : location.href); };
 events.onmessage = (event) => {
   const news = JSON.parse(event.data);
-  document.getElementById("message").textContent = news.message.split("\\n")[0];
-  box.querySelector("progress").value = news.progress;
-  if (news.ready || news.failed) { events.close(); location.replace(news.ready ? box.dataset.next : location.href); }
+  if (news.ready || news.failed) leave(news.ready);
 };
+events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(leave, 2000); };
 """)
 
 
@@ -4063,13 +4081,13 @@ def xsrf_field(req: falcon.Request, resp: falcon.Response, hub: HubCore) -> Mark
 
 
 def page(mount: Mount, title: str, body: Markup, nonce: str, user: User | None = None, script: str = "") -> str:
-    """A whole page; `user` is who is signed in."""
+    """A whole page; `user` is who is signed in. One with a script reloads itself where scripts do not run."""
     links = [("home", "Home")] + ([("admin", "People")] if user and user.admin else []) + [
         ("token", "Tokens"), ("logout", f"Sign out {user.name}")] if user else []
     nav = [markup('<a href="{href}">{text}</a>', href=mount.hub + path, text=text) for path, text in links]
     script = script and markup('<script nonce="{nonce}">{script}</script>', nonce=nonce, script=script)
     return markup(LAYOUT, title=title, hub=mount.hub, nonce=nonce, style=STYLE, logo=LOGO, nav=nav, body=body,
-                  script=script)
+                  script=script, reload=script and RELOAD)
 
 
 def show(req: falcon.Request, resp: falcon.Response, hub: HubCore, title: str, body: Markup, script: str = "",
@@ -4089,6 +4107,12 @@ def problem(message: str) -> Markup:
     head, _, log_lines = message.partition("\n")
     tail = markup("<pre>{lines}</pre>", lines=log_lines) if log_lines else ""
     return markup('<div class=problem role=alert>{head}{tail}</div>', head=head, tail=tail) if message else Markup("")
+
+
+def error_body(mount: Mount, message: str) -> Markup:
+    """The body of a page that can only say what went wrong, and lead away."""
+    return markup('{problem}<p><a class="button quiet" href="{home}">To the home page</a></p>',
+                  problem=problem(message), home=f"{mount.hub}home")
 
 
 def safe_next(req: falcon.Request) -> str:
@@ -4133,6 +4157,7 @@ class LoginPage(Resource):
         try:
             user = self.hub.sign_in(form, req.env, req.env["minihub.client"].address)
         except TooMany as error:
+            resp.set_header("Retry-After", str(error.retry_after))
             return self._form(req, resp, name, error.message, 429)
         if user is None:
             return self._form(req, resp, name, "Wrong name or password.")
@@ -4185,16 +4210,19 @@ class LinkPage(Resource):
         resp.status, resp.location = 303, hub_path(req, "home")
 
     def _form(self, req, resp, user, name="", message=""):
-        field = markup('<input type=text name=username autocomplete=username value="{name}" {attributes}>',
-                       name=user.name if user else name, attributes="readonly" if user else "required autofocus")
-        intro = f"Welcome, {user.name}. Choose the password you will sign in with." if user else (
+        name = user.name if user else name
+        attributes = "readonly" if user else "required" if name else "required autofocus"
+        field = markup('<input type=text name=username autocomplete=username autocapitalize=none spellcheck=false'
+                       ' value="{name}" {attributes}>', name=name, attributes=attributes)
+        intro = f"Welcome, {user.name}. From now on you sign in with this name and the password you choose here." if user else (
             "This hub has no admin yet. Choose the name and the password you will sign in with.")
-        show(req, resp, self.hub, "Your password", markup(
+        show(req, resp, self.hub, "Choose your password", markup(
             '{problem}<form method=post class=card><p>{intro}</p><label>Name {field}</label>'
-            '<label>New password <input type=password name=password autocomplete=new-password minlength=8 required></label>'
+            '<label>New password <small>at least 8 characters</small><input type=password name=password'
+            ' autocomplete=new-password minlength=8 required {focus}></label>'
             '<label>Once more <input type=password name=again autocomplete=new-password minlength=8 required></label>'
-            '<button>Save and sign in</button></form>',
-            problem=problem(message), intro=intro, field=field), status=400 if message else 200)
+            '<button>Save and sign in</button></form>', problem=problem(message), intro=intro, field=field,
+            focus="autofocus" if name else ""), status=400 if message else 200)
 
 
 def require_same(password: str | None, again: str | None) -> None:
@@ -4203,7 +4231,8 @@ def require_same(password: str | None, again: str | None) -> None:
         raise BadRequest("The two passwords are not the same")
 
 
-STATE_WORDS = {"ready": "running", "spawning": "starting", "stopping": "stopping", "stopped": "not running"}
+STATE_WORDS = {"ready": "running", "spawning": "starting", "stopping": "stopping", "stopped": "not running",
+               "deleted": "deleted"}
 
 
 class HomePage(Resource):
@@ -4213,42 +4242,75 @@ class HomePage(Resource):
     def on_get(self, req, resp):
         """The default server, and named ones if the hub has them."""
         servers = self.hub.servers_of(req.context.owner)
+        if any(server.status == "stopping" for server in servers):
+            resp.set_header("Refresh", "2")
         body = [server_card(req, resp, self.hub, servers)]
         if self.hub.settings.named_servers:
             body.append(markup(
-                '<form method=post action="{action}" class=card>{xsrf}<h2>Another server</h2><div class=row>'
-                '<input type=text name=server_name aria-label="Name of the new server" placeholder="its name, for example'
-                ' project" pattern="[A-Za-z0-9][A-Za-z0-9_.~\\-]*" maxlength=63 required><button class=quiet>Start</button>'
-                '</div></form>', action=hub_path(req, f"spawn/{quote_name(req.context.owner.name)}"),
-                xsrf=xsrf_field(req, resp, self.hub)))
+                '<form method=post action="{action}" class=card>{xsrf}<h2>Another server</h2><p class=state>It runs beside'
+                ' the first one and has the same files.</p><div class=row><div><input type=text name=server_name'
+                ' aria-label="Name of the new server" placeholder="a name, like project" title="Letters, digits, - _ . and ~"'
+                ' pattern="[A-Za-z0-9][A-Za-z0-9_.~\\-]*" maxlength=63 autocapitalize=none required></div>'
+                '<button class=quiet>Start</button></div></form>', xsrf=xsrf_field(req, resp, self.hub),
+                action=hub_path(req, f"spawn/{quote_name(req.context.owner.name)}")))
         show(req, resp, self.hub, f"Hello, {req.context.owner.name}", markup("{body}", body=body))
 
 
 def server_card(req, resp, hub, servers) -> Markup:
-    """A user's servers, each with what can be done to it."""
-    rows = [markup('<div class=row><div><b>{name}</b><span class="state {status}">{words}</span></div>{actions}</div>',
-                   name=server.name or "Your server", status=server.status,
-                   words="did not start" if server.failure else STATE_WORDS[server.status],
-                   actions=server_actions(req, resp, hub, server)) for server in servers]
-    problems = [problem(server.failure) for server in servers if server.failure]
+    """Servers, each with what can be done to it, and above them what has gone wrong with the last ones."""
+    problems = [problem(f"{server.name}: {server.failure}" if server.name else server.failure)
+                for server in servers if server.failure]
+    rows = [server_line(req, resp, hub, server) for server in servers]
     return markup("{problems}<section class=card>{rows}</section>", problems=problems, rows=rows)
+
+
+def server_line(req, resp, hub, server, style="") -> Markup:
+    """A server, how it is, and the buttons for what can be done to it."""
+    return markup('<div class="row {style}"><div><b>{name}</b><span class="state {status}">{words}</span></div>'
+                  '<div class=actions>{actions}</div></div>', style=style, name=server.name or whose_server(req, server),
+                  status=server.status, words="failed" if server.failure else STATE_WORDS[server.status],
+                  actions=server_actions(req, resp, hub, server))
+
+
+def whose_server(req, server) -> str:
+    """A server as whoever looks at the page calls it."""
+    return "Your server" if server.user_id == req.context.user.id else f"{server.user.name}'s server"
 
 
 def server_actions(req, resp, hub, server) -> list[Markup]:
     """The buttons for a server in its state."""
-    place = quote_name(server.user.name) + (f"/{quote_name(server.name)}" if server.name else "")
     url = req.env["minihub.mount"].server_prefix(server.user.name, server.name)
     opens = markup('<a class=button href="{url}">Open</a>', url=url)
-    watch = markup('<a class=button href="{url}">Watch</a>', url=hub_path(req, f"spawn-pending/{place}"))
+    watch = markup('<a class=button href="{url}">Watch</a>', url=server_page(req, "spawn-pending", server))
+    start, stop, delete = (server_button(req, resp, hub, server, *what) for what in (
+        ("spawn", "Start"), ("stop", "Stop", "quiet"), ("delete", "Delete", "quiet")))
+    return {"stopped": [start, delete] if server.name else [start], "spawning": [watch, stop], "ready": [opens, stop],
+            "stopping": [], "deleted": []}[server.status]
 
-    def button(action, text, style=""):
-        return markup('<form method=post action="{action}">{xsrf}<button class="{style}">{text}</button></form>',
-                      action=hub_path(req, f"{action}/{place}"), xsrf=xsrf_field(req, resp, hub), style=style, text=text)
 
-    stop = button("stop", "Stop", "quiet")
-    if server.status == "stopped":
-        return [button("spawn", "Start")] + ([button("delete", "Delete", "quiet")] if server.name else [])
-    return {"ready": [opens, stop], "spawning": [watch, stop], "stopping": []}[server.status]
+def server_button(req, resp, hub, server, action, text, style="") -> Markup:
+    """A form that is a button, which does something to the server."""
+    return markup('<form method=post action="{action}">{xsrf}<button class="{style}">{text}</button></form>', text=text,
+                  action=server_page(req, action, server), xsrf=xsrf_field(req, resp, hub), style=style)
+
+
+def server_page(req, action, server) -> str:
+    """The URL of a page about a server, which does not forget where in the server its visitor is going."""
+    follow = req.get_param("next", default=req.context.get("going_to", ""))
+    place = quote_name(server.user.name) + (f"/{quote_name(server.name)}" if server.name else "")
+    return hub_path(req, f"{action}/{place}") + (f"?{urlencode({'next': follow})}" if follow else "")
+
+
+def server_url(req, server) -> str:
+    """Where a server is opened: the place in it that its visitor is going to, or else its front page."""
+    url, follow = req.env["minihub.mount"].server_prefix(server.user.name, server.name), safe_next(req)
+    return follow if follow.startswith(url) else url
+
+
+def show_server(req, resp, hub, server, status=200) -> None:
+    """Answer with a page that says how a server is, and offers what can be done to it."""
+    words = "has failed" if server.failure else f"is {STATE_WORDS[server.status]}"
+    show(req, resp, hub, f"{whose_server(req, server)} {words}", server_card(req, resp, hub, [server]), status=status)
 
 
 class SpawnPage(Resource):
@@ -4261,7 +4323,7 @@ class SpawnPage(Resource):
         if self.hub.observe(server).status in ("ready", "spawning"):
             resp.status, resp.location = 302, self._place(req, server)
         else:
-            show(req, resp, self.hub, "Start your server", server_card(req, resp, self.hub, [server]))
+            show_server(req, resp, self.hub, server)
 
     @falcon.before(needs_own_pages)
     @falcon.before(needs_xsrf)
@@ -4276,11 +4338,7 @@ class SpawnPage(Resource):
         resp.status, resp.location = 303, self._place(req, server)
 
     def _place(self, req, server):
-        if server.status == "ready":
-            return req.env["minihub.mount"].server_prefix(server.user.name, server.name)
-        place = quote_name(server.user.name) + (f"/{quote_name(server.name)}" if server.name else "")
-        follow = req.get_param("next")
-        return hub_path(req, f"spawn-pending/{place}") + (f"?{urlencode({'next': follow})}" if follow else "")
+        return server_url(req, server) if server.status == "ready" else server_page(req, "spawn-pending", server)
 
 
 class SpawnPendingPage(Resource):
@@ -4290,20 +4348,17 @@ class SpawnPendingPage(Resource):
     def on_get(self, req, resp, name, server_name=""):
         """Into the server when it is ready; why not, if it has failed. Without JavaScript it reloads itself."""
         server = self.hub.observe(self.hub.find_server(req.context.owner, server_name))
-        url = req.env["minihub.mount"].server_prefix(server.user.name, server.name)
-        target = safe_next(req) if safe_next(req).startswith(url) else url
         if server.status == "ready":
-            resp.status, resp.location = 302, target
+            resp.status, resp.location = 302, server_url(req, server)
         elif server.status != "spawning":
-            title = "Your server did not start" if server.failure else "Your server is not running"
-            show(req, resp, self.hub, title, server_card(req, resp, self.hub, [server]))
+            show_server(req, resp, self.hub, server)
         else:
-            resp.set_header("Refresh", "5")
             place = f"servers/{quote_name(server.name)}" if server.name else "server"
-            show(req, resp, self.hub, "Your server is starting", markup(
+            show(req, resp, self.hub, f"{whose_server(req, server)} is starting", markup(
                 '<section class=card id=progress data-events="{events}" data-next="{target}">'
-                '<p id=message aria-live=polite>This takes a few seconds.</p><progress max=100 value=10></progress></section>'
-                '<p class=state>This page opens your server as soon as it is ready.</p>', target=target,
+                '<p>This takes a few seconds. The server opens here as soon as it is ready.</p>'
+                '<progress aria-label="starting"></progress>{cancel}</section>', target=server_url(req, server),
+                cancel=server_button(req, resp, self.hub, server, "stop", "Cancel", "quiet"),
                 events=hub_path(req, f"api/users/{quote_name(server.user.name)}/{place}/progress")),
                 script=PROGRESS_SCRIPT)
 
@@ -4354,16 +4409,17 @@ class TokenPage(Resource):
         xsrf = xsrf_field(req, resp, self.hub)
         new = markup('<section class=card role=status><h2>Your new token</h2><p><code>{token}</code></p><p class=state>Copy it'
                      ' now: it is not shown again.</p></section>', token=token) if token else Markup("")
+        # The token that a server runs with ends with the server, and is not to be taken from it.
+        tokens = [token_model(token) for token in self.hub.tokens_of(req.context.user) if token.server_id is None]
         rows = [markup('<div class=row><div>{what}<span class=state>made {made}, last used {used}</span></div><form method=post>'
                        '{xsrf}<button class=quiet name=revoke value="{id}">Revoke</button></form></div>', xsrf=xsrf,
-                       what=model.get("note") or model.get("oauth_client", ""), made=day(model["created"]),
-                       used=day(model["last_activity"]), id=model["id"])
-                for model in map(token_model, self.hub.tokens_of(req.context.user))]
+                       what=model.get("note") or f"Browser signed in: {model.get('oauth_client')}",
+                       made=day(model["created"]), used=day(model["last_activity"]), id=model["id"]) for model in tokens]
         listing = markup("<section class=card>{rows}</section>", rows=rows) if rows else Markup("")
         show(req, resp, self.hub, "Tokens", markup(
-            '<p>A token lets a program do in your name whatever you can do here. Whoever has it is you.</p>{new}'
-            '<form method=post class=card>{xsrf}<h2>Another token</h2><div class=row><input type=text name=note maxlength=200'
-            ' aria-label="What it is for" placeholder="what it is for"><button>Make a token</button></div></form>{listing}',
+            '<p>A token lets a program do in your name whatever you can do here. Keep it like a password.</p>{new}'
+            '<form method=post class=card>{xsrf}<h2>New token</h2><div class=row><div><input type=text name=note maxlength=200'
+            ' aria-label="What it is for" placeholder="what it is for"></div><button>Make a token</button></div></form>{listing}',
             new=new, xsrf=xsrf, listing=listing))
 
 
@@ -4391,34 +4447,43 @@ class AdminPage(Resource):
             users = self.hub.create_users(names)
         except (BadRequest, Conflict) as error:
             return self._show(req, resp, problem(error.message), req.context.form.get("names", ""), error.status)
-        self._show(req, resp, self._links(users))
+        known = dict.fromkeys(map(self.hub.normalize, names)).keys() - {user.name for user in users}
+        self._show(req, resp, self._links(req, users, known))
 
     @falcon.before(needs_admin_login)
     @falcon.before(needs_xsrf)
     def on_post_link(self, req, resp, name):
         """A new sign-in link for somebody who has lost the old one, or the password."""
-        self._show(req, resp, self._links([self.hub.find_user(name)]))
+        self._show(req, resp, self._links(req, [self.hub.find_user(name)]))
 
-    def _links(self, users):
+    def _links(self, req, users, known=()):
+        client = req.env["minihub.client"]
         rows = [markup("<div class=row><b>{name}</b><code>{link}</code></div>", name=user.name,
-                       link=self.hub.link_for(user)) for user in users]
+                       link=self.hub.link_for(user, f"{client.scheme}://{client.host}")) for user in users]
+        others = markup("<p>Here already: {names}</p>", names=", ".join(sorted(known))) if known else ""
         return markup("<section class=card role=status><h2>Sign-in links</h2><p>Give each person their own link. It can be used"
-                      " once, to choose a password.</p>{rows}</section>", rows=rows)
+                      " once, to choose a password. Links are not shown again, but you can always make new ones.</p>"
+                      "{others}{rows}</section>", others=others, rows=rows)
 
     def _show(self, req, resp, news=Markup(""), names="", status=200):
-        xsrf, running = xsrf_field(req, resp, self.hub), self.hub.running_servers()
-        people = [markup('<div class=row><div><b>{name}</b>{role}<span class=state>{state}</span></div>{actions}'
-                         '<form method=post action="{link}">{xsrf}<button class=quiet>New link</button></form></div>',
-                         name=user.name, role=" (admin)" if user.admin else "", xsrf=xsrf,
-                         state=f"last seen {day(isoformat(user.last_activity))}",
-                         link=hub_path(req, f"admin/link/{quote_name(user.name)}"),
-                         actions=[server_actions(req, resp, self.hub, server) for server in running.get(user.id, ())])
-                  for user in self.hub.list_users()[0]]
+        self.hub.observe_pending()
+        running = self.hub.running_servers()
+        people = [self._person(req, resp, user, running.get(user.id, ())) for user in self.hub.list_users()[0]]
         show(req, resp, self.hub, "People", markup(
             '{news}<form method=post class=card action="{action}">{xsrf}<h2>Add people</h2><label>Names, one a line'
-            '<textarea name=names rows=4 spellcheck=false required>{names}</textarea></label><button>Add</button></form>'
-            '<section class=card>{people}</section>', news=news, xsrf=xsrf, names=names, people=people,
-            action=hub_path(req, "admin")), status=status)
+            '<textarea name=names rows=4 spellcheck=false autocapitalize=none required>{names}</textarea></label>'
+            '<button>Add</button></form><section class=card><h2>Everybody</h2><p class=state>A name leads to its server.'
+            ' Whoever has lost their link or password gets a new sign-in link here.</p>{people}</section>', news=news, names=names,
+            xsrf=xsrf_field(req, resp, self.hub), people=people, action=hub_path(req, "admin")), status=status)
+
+    def _person(self, req, resp, user, servers):
+        seen = f"last seen {day(isoformat(user.last_activity))}" if user.last_activity else "not seen yet"
+        line = markup('<div class=row><div><a href="{spawn}"><b>{name}</b></a>{role}<span class=state>{seen}</span></div>'
+                      '<form method=post action="{link}">{xsrf}<button class=quiet>Sign-in link</button></form></div>',
+                      spawn=hub_path(req, f"spawn/{quote_name(user.name)}"), name=user.name, seen=seen,
+                      role=" (admin)" if user.admin else "", link=hub_path(req, f"admin/link/{quote_name(user.name)}"),
+                      xsrf=xsrf_field(req, resp, self.hub))
+        return [line, *(server_line(req, resp, self.hub, server, "below") for server in servers)]
 
 
 class UserUrlPage(Resource):
@@ -4450,8 +4515,8 @@ class UserUrlPage(Resource):
         elif is_for_programs(req, path):
             raise Unavailable(f"JupyterHub server no longer running at {here}")
         else:
-            title = "Your server is starting" if server.status == "spawning" else "This server is not running"
-            show(req, resp, self.hub, title, server_card(req, resp, self.hub, [server]), status=503)
+            req.context.going_to = here
+            show_server(req, resp, self.hub, server, status=503)
 
     def _server(self, user, path):
         named = self.hub.get_server(user, path.partition("/")[0])
@@ -4494,7 +4559,7 @@ class ErrorPage(Resource):
             "Nothing answers at this address just now." if code in (404, 503) else f"The proxy reports error {code}."))
 
 
-ERROR_TITLES = {403: "Not for you", 404: "Nothing here", 503: "Not just now"}
+ERROR_TITLES = {403: "Not allowed", 404: "Nothing here", 503: "Not just now"}
 
 
 class LogoPage(Resource):
@@ -4672,7 +4737,7 @@ class Hub(HubCore):
                                   json.dumps({"status": 503, "message": message}))
         nonce = secrets.token_urlsafe(12)
         return plain_response("503 Service Unavailable", "text/html", page(
-            environ["minihub.mount"], "No answer", problem(message), nonce))
+            environ["minihub.mount"], "No answer", error_body(environ["minihub.mount"], message), nonce))
 
     # The hub's own pages and API
 
@@ -4716,7 +4781,10 @@ class Hub(HubCore):
         elif is_api(req) or (req.path.startswith("/user/") and is_for_programs(req, req.path)):
             resp.media = {"status": status, "message": message}
         else:
-            show(req, resp, self, ERROR_TITLES.get(status, "That did not work"), problem(message), status=status)
+            if isinstance(error, falcon.HTTPNotFound):
+                message = "There is no page at this address"
+            show(req, resp, self, ERROR_TITLES.get(status, "That did not work"), error_body(req.env["minihub.mount"], message),
+                 status=status)
 
     def _explain(self, req, error):
         if isinstance(error, HubError):
