@@ -1702,6 +1702,12 @@ class HubCore:
         if invalid:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
+        try:
+            return self._insert_new_users(wanted, admin)
+        except pw.IntegrityError:  # somebody else has made one of them in this moment
+            return self._insert_new_users(wanted, admin)
+
+    def _insert_new_users(self, wanted, admin):
         with self.database.atomic():
             existing = {row.name for part in pw.chunked(wanted, 500)  # SQLite takes only so many values at once
                         for row in User.select(User.name).where(User.name.in_(part))}
@@ -2050,13 +2056,16 @@ class HubCore:
 
     def find_or_create_server(self, user: User, name: str) -> Server:
         """The user's server of that name, made on its first use. Raises BadRequest over the limit of named servers."""
-        with self.database.atomic():
-            server = self.get_server(user, check_server_name(name))
-            limit = self.settings.named_server_limit
-            if server is None and limit and user.servers.where(Server.name != "").count() >= limit:
-                raise BadRequest(f"User {user.name} already has the maximum of {limit} named servers.  One must be deleted"
-                                 " before a new server can be created")
-            return server or Server.create(user=user, name=name)
+        try:
+            with self.database.atomic():
+                server = self.get_server(user, check_server_name(name))
+                limit = self.settings.named_server_limit
+                if server is None and limit and user.servers.where(Server.name != "").count() >= limit:
+                    raise BadRequest(f"User {user.name} already has the maximum of {limit} named servers.  One must be"
+                                     " deleted before a new server can be created")
+                return server or Server.create(user=user, name=name)
+        except pw.IntegrityError:  # somebody else has made it in this moment, or has deleted the user
+            return self.find_server(user, name)
 
     def check_named_servers(self) -> None:
         """Raises BadRequest if the hub is set to give each user one server only."""
