@@ -2196,11 +2196,23 @@ class HubCore:
             look[server.status](server)
         return server
 
+    def _poll(self, server):
+        """The exit status of a server that has ended, None while it lives, and while nobody can tell."""
+        return self._ask(server, self.spawner.poll, server.state, otherwise=None)
+
+    def _ask(self, server, question, *values, otherwise, **options):
+        """What the spawner answers. One that fails is asked again at the next look, and spoils nobody's list of users."""
+        try:
+            return question(*values, **options)
+        except Exception:  # a hook that somebody else wrote
+            log.exception("server %s: the spawner failed", server.label)
+            return otherwise
+
     def _observe_spawning(self, server):
         if server.state is None:
             self._recover(server)
             return
-        status = self.spawner.poll(server.state)
+        status = self._poll(server)
         if status is not None:
             self._ended_early(server, status)
         elif answers_http(server.target, server.prefix):
@@ -2228,7 +2240,7 @@ class HubCore:
             self._end(server, f"The server ended while it started [status={status}]{tail}")
 
     def _log_tail(self, server):
-        tail = self.spawner.log_tail(server.state).strip() if server.state else ""
+        tail = self._ask(server, self.spawner.log_tail, server.state, otherwise="").strip() if server.state else ""
         return f". Its last words:\n{tail}" if tail else ""
 
     def _become_ready(self, server):
@@ -2245,7 +2257,7 @@ class HubCore:
         if time.monotonic() - self._looked_at.get(server.id, -math.inf) < 1:
             return
         self._looked_at[server.id] = time.monotonic()
-        status = self.spawner.poll(server.state)
+        status = self._poll(server)
         if status is not None:
             self._end(server, f"The server ended unexpectedly [status={status}]{self._log_tail(server)}")
 
@@ -2271,17 +2283,17 @@ class HubCore:
             self._delete_stopped(server)
 
     def _observe_stopping(self, server):
-        if server.state is None or self.spawner.poll(server.state) is not None:
+        if server.state is None or self._poll(server) is not None:
             self._end(server, "")
             return
-        state = self.spawner.stop(server.state)
+        state = self._ask(server, self.spawner.stop, server.state, otherwise=server.state)
         if state != server.state:
             self._move(server, "stopping", state=state)
 
     def _end(self, server, failure):
         """The server is no more: its process, route and credentials go, the row stays, with the reason if it is a bad one."""
-        if server.state and self.spawner.poll(server.state) is None:
-            self.spawner.stop(server.state, now=True)
+        if server.state and self._poll(server) is None:
+            self._ask(server, self.spawner.stop, server.state, now=True, otherwise=None)
         with self.database.atomic():
             if not self._move(server, "stopped", state=None, target=None, failure=storable(failure)):
                 return

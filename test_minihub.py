@@ -824,6 +824,27 @@ def test_a_spawner_that_raises_fails_the_start(opened, spawner, problem, failure
     assert (server.status, server.failure, minihub.OAuthClient.select().count()) == ("stopped", failure, 0)
 
 
+def raising(*args, **options):
+    """What a hook does when the engine behind it does not answer."""
+    raise ConnectionError("the engine does not answer")
+
+
+def test_a_spawner_that_cannot_tell_spoils_nothing(opened, spawner, root, pass_time, monkeypatch):
+    ready, starting, stopping = running(opened, "ada"), server_of(opened, "bob"), running(opened, "root")
+    spawner.stubborn, spawner.answers = True, False
+    opened.start(starting)
+    opened.stop(stopping)
+    for hook in ("poll", "stop", "log_tail"):
+        monkeypatch.setattr(spawner, hook, raising)
+    assert [len(model["servers"]) for model in root("GET", "/users").json] == [1, 1, 1] and opened.tick()
+    assert [opened.observe(row).status for row in (ready, starting, stopping)] == ["ready", "spawning", "stopping"]
+    pass_time(61)
+    assert (opened.observe(starting).status, starting.failure) == ("stopped", "The server did not answer within 60 seconds")
+    monkeypatch.undo()
+    spawner.end_all()
+    assert opened.observe(stopping).status == "stopped"
+
+
 def test_a_failure_is_forgotten_at_the_next_start(opened, spawner):
     spawner.problem = RuntimeError("no room")
     server = server_of(opened)
