@@ -471,7 +471,8 @@ def test_a_variable_sets_what_it_names(name, text, value):
 
 
 @pytest.mark.parametrize(("name", "text", "problem"), [
-    ("named_servers", "maybe", "must be true or false, not 'maybe'"), ("named_server_limit", "1.5", "must be a number, not '1.5'"),
+    ("named_servers", "maybe", "must be true or false, not 'maybe'"),
+    ("named_server_limit", "1.5", "must be a number, not '1.5'"),
     ("start_timeout", "soon", "must be a number, not 'soon'"), ("start_timeout", "nan", "must be a number, 0 or more, not nan"),
     ("trusted_proxies", "10.0.0.0/8, here", "must be an IP address or network, not 'here'")])
 def test_a_variable_with_a_wrong_value_is_refused(name, text, problem):
@@ -582,7 +583,8 @@ def test_all_ways_to_type_a_name_are_one(typed, name):
     assert minihub.normalize_name(typed) == name == minihub.normalize_name(name)
 
 
-@pytest.mark.parametrize("name", ["ada", "a b", "a@b.example", "åsa", "李", "x" * 255, "-", "...", "%2f", "a\\b", "<b>", "a;b", "\N{GRINNING FACE}"])
+@pytest.mark.parametrize("name", ["ada", "a b", "a@b.example", "åsa", "李", "x" * 255, "-", "...", "%2f", "a\\b", "<b>", "a;b",
+                                  "\N{GRINNING FACE}"])
 def test_a_name_can_be_used(name):
     assert minihub.is_valid_name(name)
 
@@ -603,7 +605,8 @@ def test_a_server_can_bear_the_name(name):
     assert minihub.check_server_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", ".", "..", "-a", "a-", "x" * 64, "é", "a\0", "a\n", "a%20b", "api", "LAB", "oauth_callback"])
+@pytest.mark.parametrize("name", ["a b", "a/b", ".", "..", "-a", "a-", "x" * 64, "é", "a\0", "a\n", "a%20b", "api", "LAB",
+                                  "oauth_callback"])
 def test_a_server_cannot_bear_the_name(name):
     with pytest.raises(minihub.BadRequest, match=f"^Invalid server_name: {re.escape(repr(name))}"):
         minihub.check_server_name(name)
@@ -615,7 +618,8 @@ def test_a_name_is_one_segment_of_a_path(name, quoted):
     assert minihub.quote_name(name) == quoted
 
 
-ODD_NAMES = [".hidden", "%2Ehidden", "a b", "a%20b", "-rf", "x" * 255, "x" * 254 + "y", "\N{GRINNING FACE}" * 255, "a\\b", "c:", "*", "~root"]
+ODD_NAMES = [".hidden", "%2Ehidden", "a b", "a%20b", "-rf", "x" * 255, "x" * 254 + "y", "\N{GRINNING FACE}" * 255, "a\\b", "c:",
+             "*", "~root"]
 
 
 def test_every_name_has_a_folder_of_its_own(tmp_path):
@@ -714,7 +718,8 @@ def test_a_fact_is_remembered_until_another_is_stored(hub):
 @pytest.mark.parametrize(("credentials", "name"), [
     ({"username": "ada", "password": password_of("ada")}, "ada"), ({"username": "ADA", "password": password_of("ada")}, "ada"),
     ({"username": "ada", "password": password_of("bob")}, None), ({"username": "ada", "password": ""}, None),
-    ({"username": "ada"}, None), ({"password": password_of("ada")}, None), ({}, None), ({"username": "eve", "password": ""}, None),
+    ({"username": "ada"}, None), ({"password": password_of("ada")}, None), ({}, None),
+    ({"username": "eve", "password": ""}, None),
     ({"username": "new", "password": ""}, None), ({"username": "../ada", "password": password_of("ada")}, None),
     ({"username": ["ada"], "password": {}}, None), ({"username": "ada\0", "password": "\udcff"}, None)])
 def test_a_password_proves_who_somebody_is(hub, credentials, name):
@@ -1363,7 +1368,8 @@ def test_a_forked_child_leaves_the_memory_of_its_parent_alone(tmp_path):
 
 @pytest.mark.parametrize(("host", "port", "address"), [
     ("127.0.0.1", 8000, "http://127.0.0.1:8000"), ("0.0.0.0", "80", "http://127.0.0.1:80"), ("::", 8000, "http://[::1]:8000"),
-    ("10.0.0.5", 8000, "http://10.0.0.5:8000"), ("fe80::1", 1, "http://[fe80::1]:1"), ("localhost", 8000, "http://127.0.0.1:8000")])
+    ("10.0.0.5", 8000, "http://10.0.0.5:8000"), ("fe80::1", 1, "http://[fe80::1]:1"),
+    ("localhost", 8000, "http://127.0.0.1:8000")])
 def test_the_hub_is_reached_where_it_listens(host, port, address):
     assert minihub.local_address(host, port) == address
 
@@ -1409,7 +1415,8 @@ def test_a_token_is_taken_in_every_form_of_the_header(hub, scheme):
     assert Api(hub)("GET", "/user", headers=header).json["name"] == "ada"
 
 
-@pytest.mark.parametrize("header", ["token", "token ", "{}", "Basic {}", "token {} more", "token x{}", "token: {}", "token \xff", "token {}\xe9"])
+@pytest.mark.parametrize("header", ["token", "token ", "{}", "Basic {}", "token {} more", "token x{}", "token: {}", "token \xff",
+                                    "token {}\xe9"])
 def test_other_headers_are_refused(hub, header):
     header = {"Authorization": header.format(token_for(hub, "ada"))}
     assert Api(hub)("GET", "/user", status=403, headers=header).json == error(403, "Missing or invalid credentials.")
@@ -1445,7 +1452,8 @@ def test_the_hubs_own_pages_read_by_cookie(browser, referer):
 
 
 @pytest.mark.parametrize("headers", [
-    {}, {"Referer": "http://evil.example/hub/"}, {"Referer": "http://localhost:80/user/bob/hub/"}, {"Referer": "http://localhost/hub/"},
+    {}, {"Referer": "http://evil.example/hub/"}, {"Referer": "http://localhost:80/user/bob/hub/"},
+    {"Referer": "http://localhost/hub/"},
     {"Referer": "/hub/"}, {"Referer": "http://localhost:80.evil.example/hub/"}, {"Referer": "http://[/hub/"}])
 def test_other_pages_do_not_read_by_cookie(browser, headers):
     assert browser.api("GET", "/user", status=403, **headers).json == error(403, "Missing or invalid credentials.")
@@ -1517,8 +1525,8 @@ def oauth_token(hub, name, owner=None):
 
 def example_path(pattern):
     """A path of a route, with ada's things in it."""
-    examples = {"name": "ada", "server_name": "gpu", "token_id": "a1", "token": "x", "cookie_name": "x", "cookie_value": "x", "rest": "x"}
-    return re.sub(r"\{(\w+):\w+\}", lambda match: examples[match[1]], pattern)
+    examples = {"name": "ada", "server_name": "gpu", "token_id": "a1"}
+    return re.sub(r"\{(\w+):\w+\}", lambda match: examples.get(match[1], "x"), pattern)
 
 
 def responders():
@@ -1608,6 +1616,39 @@ def test_what_a_server_does_with_its_own_token_is_no_activity(hub, spawner):
     assert activity(hub, "ada") == (None, None)
 
 
+def seen_by_server(hub, token):
+    """What ada's server sees of a request with that token, in the header and in the address."""
+    environ = {"HTTP_AUTHORIZATION": f"Bearer {token}", "QUERY_STRING": f"token={token}&x=1",
+               "HTTP_COOKIE": "jupyterhub-hub-login=x; mine=1; jupyterhub-services=x; jupyterhub-session-id=y"}
+    seen = minihub.without_hub_secrets(hub, environ, {"user": "ada", "server_name": ""})
+    return seen["HTTP_AUTHORIZATION"], seen["QUERY_STRING"], seen["HTTP_COOKIE"]
+
+
+@pytest.mark.parametrize("name", ["ada", "root"])
+def test_a_server_sees_a_token_that_is_good_for_itself_only(opened, name):
+    running(opened)
+    token, row = opened.create_token(opened.find_user(name))
+    authorization, query, cookies = seen_by_server(opened, token)
+    other = authorization.removeprefix("token ")
+    assert (other, query, cookies) == (SECRET, f"token={other}&x=1", "mine=1; jupyterhub-session-id=y") and other != token
+    identity = opened.identify_token(other)
+    assert (identity.name, identity.client_server) == (name, "ada/")
+    assert seen_by_server(opened, token)[0] == authorization
+    opened.delete_token(row)
+    assert opened.identify_token(other) is None
+
+
+def test_a_server_sees_no_token_of_those_who_may_not_enter(opened):
+    running(opened)
+    token, _ = opened.create_token(opened.find_user("bob"))
+    assert seen_by_server(opened, token)[:2] == ("token ", "token=&x=1")
+
+
+def test_a_server_sees_tokens_that_are_not_the_hubs(opened):
+    running(opened)
+    assert seen_by_server(opened, "its-own")[:2] == ("Bearer its-own", "token=its-own&x=1")
+
+
 ########################################################################################################
 # 10. REST resources
 ########################################################################################################
@@ -1623,7 +1664,8 @@ def server(name="", owner="ada", **others):
     """The API's Server, ready if it is not said otherwise."""
     place, below = (f"servers/{name}", f"{name}/") if name else ("server", "")
     return {"name": name, "last_activity": MOMENT, "started": MOMENT, "pending": None, "ready": True, "state": None,
-            "url": f"/user/{owner}/{below}", "user_options": {}, "progress_url": f"/hub/api/users/{owner}/{place}/progress", **others}
+            "url": f"/user/{owner}/{below}", "user_options": {},
+            "progress_url": f"/hub/api/users/{owner}/{place}/progress", **others}
 
 
 def api_token(**others):
@@ -1646,7 +1688,8 @@ REFUSED = [
     ("root", "GET", "/users?state=asleep", None, error(400, "state must be one of active, ready, inactive")),
     ("ada", "POST", "/users", {"usernames": ["eve"]}, FORBIDDEN),
     *(("root", "POST", "/users", body, error(400, "Must specify at least one user to create"))
-      for body in (None, {}, [], ["eve"], "eve", 1, {"usernames": []}, {"usernames": ""}, {"usernames": None}, {"names": ["eve"]})),
+      for body in (None, {}, [], ["eve"], "eve", 1, {"usernames": []}, {"usernames": ""}, {"usernames": None},
+                   {"names": ["eve"]})),
     *(("root", "POST", "/users", {"usernames": names}, error(400, "usernames must be a list of strings"))
       for names in ("eve", ["eve", 1], [None], [["eve"]], {"eve": 1}, 5, True)),
     ("root", "POST", "/users", {"usernames": ["eve"], "nonsense": 1}, error(400, "Invalid JSON keys: nonsense")),
@@ -1682,7 +1725,8 @@ REFUSED = [
     ("root", "PATCH", "/users/ada", {"auth_state": None},
      error(400, "user.auth_state must be <class 'dict'>, not: <class 'NoneType'>")),
     ("root", "PATCH", "/users/ada", {"name": 5}, error(400, "user.name must be <class 'str'>, not: <class 'int'>")),
-    ("root", "PATCH", "/users/ada", {"name": "Bob", "admin": True}, error(400, "User bob already exists, username must be unique")),
+    ("root", "PATCH", "/users/ada", {"name": "Bob", "admin": True},
+     error(400, "User bob already exists, username must be unique")),
     ("root", "PATCH", "/users/ada", {"name": "", "admin": True}, error(400, "Invalid username: ")),
     ("root", "PATCH", "/users/ada", {"name": "a/b"}, error(400, "Invalid username: a/b")),
     ("ada", "DELETE", "/users/bob", None, FORBIDDEN),
@@ -1692,13 +1736,16 @@ REFUSED = [
     ("nobody", "GET", "/user", None, MISSING),
     ("ada", "GET", "/users/bob/tokens", None, FORBIDDEN),
     ("root", "GET", "/users/eve/tokens", None, error(404, "No such user: eve")),
-    *(("ada", "POST", "/users/ada/tokens", body, error(400, "Body must be a JSON dict or empty")) for body in ([], "x", 5, False)),
+    *(("ada", "POST", "/users/ada/tokens", body, error(400, "Body must be a JSON dict or empty"))
+      for body in ([], "x", 5, False)),
     ("ada", "POST", "/users/bob/tokens", None, error(403, "Only admins can request tokens for other users")),
     ("ada", "POST", "/users/eve/tokens", None, error(403, "Only admins can request tokens for other users")),
     ("root", "POST", "/users/eve/tokens", None, error(404, "No such user: eve")),
-    *(("ada", "POST", "/users/ada/tokens", {"expires_in": value}, error(400, "expires_in must be a number of seconds greater than 0"))
+    *(("ada", "POST", "/users/ada/tokens", {"expires_in": value},
+       error(400, "expires_in must be a number of seconds greater than 0"))
       for value in (0, -1, -0.5, "60", True, [], {}, 10 ** 30, 1e300)),
-    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string")) for value in (5, ["x"], {"a": 1}, "\0")),
+    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string"))
+      for value in (5, ["x"], {"a": 1}, "\0")),
     ("nobody", "POST", "/users/ada/tokens", None, MISSING),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, MISSING) for value in (None, [], "ada", 1)),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, error(403, "Invalid username or password")) for value in (
@@ -1721,9 +1768,11 @@ REFUSED = [
     ("ada", "DELETE", "/users/ada/servers/", {"remove": True}, error(400, "Cannot delete the default server")),
     ("ada", "DELETE", "/users/ada/servers/gpu", None, error(404, "ada has no server named 'gpu'")),
     ("ada", "DELETE", "/users/ada/servers/%00", None, error(404, "ada has no server named '\0'")),
-    ("ada", "DELETE", "/users/ada/server", {"remove": "yes"}, error(400, "server.remove must be <class 'bool'>, not: <class 'str'>")),
+    ("ada", "DELETE", "/users/ada/server", {"remove": "yes"},
+     error(400, "server.remove must be <class 'bool'>, not: <class 'str'>")),
     ("ada", "DELETE", "/users/ada/server", {"nonsense": 1}, error(400, "Invalid JSON keys: nonsense")),
-    ("ada", "POST", "/users/ada/servers/n%201", None, error(400, Like(r"Invalid server_name: 'n 1'\. Use up to 63 letters, .*"))),
+    ("ada", "POST", "/users/ada/servers/n%201", None,
+     error(400, Like(r"Invalid server_name: 'n 1'\. Use up to 63 letters, .*"))),
     ("ada", "POST", "/users/ada/servers/%00", None, error(400, Like(r"Invalid server_name: '\\x00'\. Use .*"))),
     ("bob", "GET", "/users/ada/server/progress", None, FORBIDDEN),
     ("root", "GET", "/users/eve/server/progress", None, error(404, "No such user: eve")),
@@ -1737,7 +1786,8 @@ REFUSED = [
     *(("ada", "POST", "/users/ada/activity", {"servers": value}, error(
         400, "servers must be a dict of the form {server_name: {last_activity: timestamp}}"))
       for value in (["x"], "x", {"": "2026-01-01"}, {"": {}}, {"": {"last_activity": None}}, {"": None}, {"": [1]})),
-    ("ada", "POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}, "gpu": {"last_activity": "2026-01-01"}}},
+    ("ada", "POST", "/users/ada/activity",
+     {"servers": {"": {"last_activity": "2026-01-01"}, "gpu": {"last_activity": "2026-01-01"}}},
      error(400, "No such server 'gpu' for user ada")),
     *(("ada", "POST", "/users/ada/activity", {"last_activity": value}, error(400, f"Not a valid timestamp: {value!r}"))
       for value in ("yesterday", 1700000000, True, ["2026-01-01"], "0001-01-01T00:00:00Z")),
@@ -1750,7 +1800,8 @@ REFUSED = [
     ("ada", "GET", "/authorizations/token/%00%FF", None, error(404, "No such token, or it has expired")),
     ("ada", "GET", "/authorizations/token", None, error(405, "Method Not Allowed")),
     ("nobody", "POST", "/authorizations/token", None, error(403, "Invalid username or password")),
-    ("nobody", "POST", "/authorizations/token", {"username": "ada", "password": "wrong"}, error(403, "Invalid username or password")),
+    ("nobody", "POST", "/authorizations/token", {"username": "ada", "password": "wrong"},
+     error(403, "Invalid username or password")),
     ("nobody", "POST", "/authorizations/token", ["ada"], error(400, "Body must be a JSON dict or empty")),
     ("ada", "POST", "/authorizations/token", {"username": "bob"}, error(403, "Only admins can request tokens for other users.")),
     ("ada", "POST", "/authorizations/token", {"username": "eve"}, error(403, "Only admins can request tokens for other users.")),
@@ -1771,7 +1822,8 @@ REFUSED = [
 def everything(hub):
     """All that the hub knows, except when who was last seen."""
     with hub.connected():
-        return {model: [{key: value for key, value in row.items() if key != "last_activity"} for row in model.select().order_by(model._meta.primary_key).dicts()]
+        return {model: [{key: value for key, value in row.items() if key != "last_activity"}
+                        for row in model.select().order_by(model._meta.primary_key).dicts()]
                 for model in (minihub.User, minihub.Server, minihub.Token, minihub.OAuthClient, minihub.Route)}
 
 
@@ -1784,12 +1836,14 @@ def test_a_request_is_refused_and_changes_nothing(hub, spawner, who, method, pat
     assert (everything(hub), spawner.launches) == (before, [])
 
 
-NO_JSON = [b"{", b"\xff", b"nonsense", b"NaN", b'{"admin": Infinity}', b'{"x": 1e999}', b'"\\ud800"', b"1" * 5000, b"[" * 100_000,
+NO_JSON = [b"{", b"\xff", b"nonsense", b"NaN", b'{"admin": Infinity}', b'{"x": 1e999}', b'"\\ud800"', b"1" * 5000,
+           b"[" * 100_000,
            b"{} {}", b"\0", b"admin=1"]
 
 
 @pytest.mark.parametrize(("method", "path"), [
-    ("POST", "/users"), ("POST", "/users/eve"), ("PATCH", "/users/ada"), ("POST", "/users/ada/server"), ("DELETE", "/users/ada/server"),
+    ("POST", "/users"), ("POST", "/users/eve"), ("PATCH", "/users/ada"), ("POST", "/users/ada/server"),
+    ("DELETE", "/users/ada/server"),
     ("POST", "/users/ada/tokens"), ("POST", "/users/ada/activity"), ("POST", "/authorizations/token")])
 def test_what_is_no_json_is_refused(root, method, path):
     assert [root(method, path, raw=raw, status="*").json for raw in NO_JSON] == [BAD_JSON] * len(NO_JSON)
@@ -1828,7 +1882,8 @@ def test_everybody_can_ask_for_the_version(nobody, path):
     ("OPTIONS", "/users", 200), ("HEAD", "/users", 405)])
 def test_every_answer_of_the_api_has_its_headers(nobody, method, path, status):
     headers = nobody(method, path, status=status).headers
-    assert {name: headers[name] for name in ("X-JupyterHub-Version", "Access-Control-Allow-Headers", "Content-Security-Policy")} == {
+    names = ("X-JupyterHub-Version", "Access-Control-Allow-Headers", "Content-Security-Policy")
+    assert {name: headers[name] for name in names} == {
         "X-JupyterHub-Version": "1.5.1", "Access-Control-Allow-Headers": "accept, content-type, authorization",
         "Content-Security-Policy": "frame-ancestors 'self'; default-src 'none'; report-uri /hub/security/csp-report"}
 
@@ -1868,7 +1923,8 @@ def test_admins_see_everybody_with_their_servers(hub, root, spawner):
     states = {launch.user.name + launch.name: {"target": Like("http://.*"), "launch": launch.id} for launch in spawner.launches}
     assert root("GET", "/users").json == [
         user("root", admin=True, servers={}, last_activity=MOMENT),
-        user("ada", server="/user/ada/", servers={"": server(state=states["ada"]), "gpu": server("gpu", state=states["adagpu"])}),
+        user("ada", server="/user/ada/", servers={
+            "": server(state=states["ada"]), "gpu": server("gpu", state=states["adagpu"])}),
         user("bob", pending="spawn", servers={"": server(
             owner="bob", state=states["bob"], ready=False, pending="spawn", last_activity=None, user_options={"cpu": 2})})]
 
@@ -1888,7 +1944,8 @@ def test_unknown_questions_about_users_are_ignored(root):
 
 
 def test_many_users_are_created_at_once(root):
-    created = root("POST", "/users", {"usernames": ["Eve", "ada", "åsa", "eve"], "admin": True, "name": "x", "groups": []}, status=201)
+    created = root("POST", "/users",
+                   {"usernames": ["Eve", "ada", "åsa", "eve"], "admin": True, "name": "x", "groups": []}, status=201)
     assert created.json == [user("eve", admin=True), user("åsa", admin=True)]
     assert root("GET", "/users/ada").json["admin"] is False
 
@@ -1992,7 +2049,8 @@ def test_a_user_sees_their_tokens(hub, ada, pass_time):
 def test_a_token_of_ones_own_is_made_and_works(hub, ada):
     made = ada("POST", "/users/ADA/tokens", status=201).json
     assert made == api_token(token=SECRET)
-    assert Api(hub, made["token"])("GET", f"/users/ada/tokens/{made['id']}").json == api_token(id=made["id"], last_activity=MOMENT)
+    assert Api(hub, made["token"])("GET", f"/users/ada/tokens/{made['id']}").json == api_token(
+        id=made["id"], last_activity=MOMENT)
 
 
 @pytest.mark.parametrize(("body", "token"), [
@@ -2088,7 +2146,8 @@ def test_revoking_an_oauth_token_revokes_all_for_that_server(hub, root, ada):
     adas, more, roots = oauth_token(hub, "ada"), oauth_token(hub, "ada"), oauth_token(hub, "root", owner="ada")
     other = oauth_token(hub, "ada", owner="bob")
     ada("DELETE", f"/users/ada/tokens/{Api(hub, adas)('GET', '/user').json['token_id']}", status=204)
-    assert [Api(hub, token)("GET", "/user", status="*").status_int for token in (adas, more, roots, other)] == [403, 403, 200, 200]
+    statuses = [Api(hub, token)("GET", "/user", status="*").status_int for token in (adas, more, roots, other)]
+    assert statuses == [403, 403, 200, 200]
 
 
 def patient(hub, name="ada"):
@@ -2140,7 +2199,8 @@ def test_a_host_with_threads_says_why_a_start_failed(hub, spawner, monkeypatch):
 
 
 @pytest.mark.parametrize(("spoil", "why"), [
-    ({"exits_at_once": 1}, "The server ended while it started [status=1]" + LOG_TAIL), ({"problem": OSError("disk full")}, "OSError: disk full")])
+    ({"exits_at_once": 1}, "The server ended while it started [status=1]" + LOG_TAIL),
+    ({"problem": OSError("disk full")}, "OSError: disk full")])
 def test_a_start_that_fails_at_once_is_reported_at_once(ada, spawner, spoil, why):
     vars(spawner).update(spoil)
     assert ada("POST", "/users/ada/server", status=500).json == error(500, f"ada's server failed to start. {why}")
@@ -2188,7 +2248,8 @@ def test_a_host_with_threads_waits_for_a_stop(hub, spawner, monkeypatch):
 
 
 @pytest.mark.parametrize(("first", "then", "seen"), [
-    ({"cpu": 2}, None, {"cpu": 2}), ({"cpu": 2}, {}, {}), ({"cpu": 2}, [1], [1]), (None, None, None), ({"é": "\0"}, None, {"é": "\0"})])
+    ({"cpu": 2}, None, {"cpu": 2}), ({"cpu": 2}, {}, {}), ({"cpu": 2}, [1], [1]), (None, None, None),
+    ({"é": "\0"}, None, {"é": "\0"})])
 def test_options_are_kept_until_others_are_given(ada, spawner, first, then, seen):
     ada("POST", "/users/ada/server", first, status=201)
     ada("DELETE", "/users/ada/server", status=204)
@@ -2311,7 +2372,8 @@ def test_activity_only_moves_forward(hub, root, ada):
         running(hub)
         hub.note_visit(hub.find_user("ada"))
     before = last_seen(root)
-    root("POST", "/users/ada/activity", {"last_activity": "2020-01-01", "servers": {"": {"last_activity": "2020-01-01T00:00:00Z"}}})
+    old = {"last_activity": "2020-01-01T00:00:00Z"}
+    root("POST", "/users/ada/activity", {**old, "servers": {"": old}})
     assert last_seen(root) == before
 
 
@@ -2353,11 +2415,13 @@ def test_whose_a_token_is_cannot_be_asked_by_cookie(hub, browser):
 
 
 @pytest.mark.parametrize(("who", "body", "name"), [
-    ("ada", None, "ada"), ("ada", {}, "ada"), ("ada", {"username": "ADA"}, "ada"), ("root", {"username": "Ada"}, "ada"), ("root", None, "root"),
+    ("ada", None, "ada"), ("ada", {}, "ada"), ("ada", {"username": "ADA"}, "ada"), ("root", {"username": "Ada"}, "ada"),
+    ("root", None, "root"),
     (None, {"username": "Ada", "password": password_of("ada")}, "ada")])
 def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
     response = api_of(hub, who)("POST", "/authorizations/token", body)
-    assert response.json == {"token": SECRET, "user": {**user(name, admin=name == "root"), "last_activity": response.json["user"]["last_activity"]},
+    last_activity = response.json["user"]["last_activity"]
+    assert response.json == {"token": SECRET, "user": user(name, admin=name == "root", last_activity=last_activity),
                              "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
     assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
     cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
@@ -2407,7 +2471,8 @@ class Client:
 
     def authorize(self, **wishes):
         """The path to which a browser is sent; None leaves a parameter out."""
-        wishes = {"client_id": self.identifier, "redirect_uri": self.redirect_uri, "response_type": "code", "state": "s", **wishes}
+        wishes = {"client_id": self.identifier, "redirect_uri": self.redirect_uri,
+                  "response_type": "code", "state": "s", **wishes}
         return f"/oauth2/authorize?{urlencode({name: value for name, value in wishes.items() if value is not None})}"
 
     def code(self, browser, **wishes):
@@ -2491,8 +2556,10 @@ def test_an_admin_stays_outside_where_that_is_set(make_hub, spawner):
 
 
 @pytest.mark.parametrize("wishes", [
-    {"client_id": "jupyterhub-user-eve"}, {"client_id": None}, {"client_id": "\0"}, {"redirect_uri": "/user/ada/oauth_callback/"},
-    {"redirect_uri": "/user/ADA/oauth_callback"}, {"redirect_uri": "https://evil.example/user/ada/oauth_callback"}, {"redirect_uri": ""},
+    {"client_id": "jupyterhub-user-eve"}, {"client_id": None}, {"client_id": "\0"},
+    {"redirect_uri": "/user/ada/oauth_callback/"},
+    {"redirect_uri": "/user/ADA/oauth_callback"}, {"redirect_uri": "https://evil.example/user/ada/oauth_callback"},
+    {"redirect_uri": ""},
     {"redirect_uri": "/user/ada/oauth_callback?x=1"}])
 def test_a_browser_is_never_sent_to_an_unknown_address(browser, client, wishes):
     response = browser.api("GET", client.authorize(**wishes), status=400)
@@ -2516,7 +2583,8 @@ def test_the_state_comes_back_untouched(browser, client, state):
 
 
 def test_what_is_not_said_is_not_answered(browser, client):
-    assert answer_of(browser.api("GET", client.authorize(state=None, redirect_uri=None, scope="nonsense"), status=302)) == {"code": SECRET}
+    path = client.authorize(state=None, redirect_uri=None, scope="nonsense")
+    assert answer_of(browser.api("GET", path, status=302)) == {"code": SECRET}
 
 
 def test_a_code_is_good_once(browser, client):
@@ -2536,7 +2604,8 @@ def test_a_code_is_good_for_five_minutes(browser, client, pass_time):
 @pytest.mark.parametrize(("fields", "status", "why"), [
     ({"client_id": "jupyterhub-user-eve"}, 401, "invalid_client"), ({"client_id": None}, 401, "invalid_client"),
     ({"client_id": "\0"}, 401, "invalid_client"), ({"client_secret": "wrong"}, 401, "invalid_client"),
-    ({"client_secret": None}, 401, "invalid_client"), ({"code": "wrong"}, 400, "invalid_grant"), ({"code": None}, 400, "invalid_grant"),
+    ({"client_secret": None}, 401, "invalid_client"), ({"code": "wrong"}, 400, "invalid_grant"),
+    ({"code": None}, 400, "invalid_grant"),
     ({"redirect_uri": "/user/ada/"}, 400, "invalid_request"), ({"redirect_uri": ""}, 400, "invalid_request"),
     ({"grant_type": "password"}, 400, "unsupported_grant_type"), ({"grant_type": None}, 400, "unsupported_grant_type"),
     ({"code_verifier": None}, 400, "invalid_request"), ({"code_verifier": ""}, 400, "invalid_request"),
@@ -2622,29 +2691,29 @@ SOURCE = Path(minihub.__file__).read_text()
 
 def section_of(line):
     """The number of the section that a line of minihub.py is in."""
-    banners = [(SOURCE[:match.start()].count("\n") + 1, int(match[1])) for match in re.finditer(r"^# (\d+)\. ", SOURCE, re.MULTILINE)]
-    return max((start, number) for start, number in banners if start <= line)[1]
+    banners = [(number, re.match(r"# (\d+)\. ", text)) for number, text in enumerate(SOURCE.splitlines(), 1)]
+    return [int(banner[1]) for number, banner in banners if banner and number <= line][-1]
 
 
 def sections_using(name):
     """The numbers of the sections in which a name, or a module's attribute, occurs."""
-    module, _, attribute = name.rpartition(".")
-    found = [node for node in ast.walk(ast.parse(SOURCE)) if
-             (isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.value, ast.Name) and node.value.id == module)
-             or (isinstance(node, ast.Name) and node.id == name)]
+    found = [node for node in ast.walk(ast.parse(SOURCE))
+             if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) == name]
     return {section_of(node.lineno) for node in found}
 
 
 @pytest.mark.parametrize(("name", "sections"), [
-    ("os.environ", {2}), ("os.getenv", set()), ("subprocess", {6}), ("falcon", {9, 10, 11, 12, 13}), ("pw", {4, 8}), ("print", {14})])
+    ("os.environ", {2}), ("os.getenv", set()), ("subprocess", {6}), ("falcon", {9, 10, 11, 12, 13}), ("pw", {4, 8}),
+    ("print", {14})])
 def test_a_layer_keeps_to_itself(name, sections):
     assert sections_using(name) == sections
 
 
 def test_every_responder_says_who_may_ask():
-    responders = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef) and node.name.startswith("on_")]
-    silent = [f"{node.name} in line {node.lineno}" for node in responders
-              if not any("needs_" in ast.unparse(hook) for hook in node.decorator_list) and "Open" not in ast.get_docstring(node)]
+    responders = [node for node in ast.walk(ast.parse(SOURCE))
+                  if isinstance(node, ast.FunctionDef) and node.name.startswith("on_")]
+    unguarded = [node for node in responders if "needs_" not in "".join(map(ast.unparse, node.decorator_list))]
+    silent = [f"{node.name} in line {node.lineno}" for node in unguarded if "Open" not in ast.get_docstring(node)]
     assert responders and silent == []
 
 
@@ -2670,8 +2739,9 @@ class Environ(dict):
 
 os.environ = Environ(os.environ)
 import minihub
-touched = [(event, arguments) for event, arguments in events if event in ("environ", "socket.connect", "socket.bind", "sqlite3.connect",
-           "subprocess.Popen", "os.fork", "os.mkdir") or event == "open" and arguments[1] not in ("r", "rb", None)]
+telling = ("environ", "socket.connect", "socket.bind", "sqlite3.connect", "subprocess.Popen", "os.fork", "os.mkdir")
+touched = [(event, arguments) for event, arguments in events
+           if event in telling or event == "open" and arguments[1] not in ("r", "rb", None)]
 print(touched, threading.active_count() - threads, "app" in vars(minihub))
 """
 
@@ -2744,7 +2814,8 @@ def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
 @pytest.mark.parametrize("path", ["/nothing", "/hub/nothing", "/hub/users/", "/%FF", "/hub//login"])
 def test_people_get_a_page_when_there_is_nothing(hub, path):
     response = webtest.TestApp(hub).get(path, status=404)
-    assert (response.content_type, response.headers["X-JupyterHub-Version"], "Nothing here" in response.text) == ("text/html", "1.5.1", True)
+    assert (response.content_type, response.headers["X-JupyterHub-Version"]) == ("text/html", "1.5.1")
+    assert "Nothing here" in response.text
 
 
 def test_people_get_a_page_when_the_hub_fails(hub, browser, monkeypatch):
@@ -2754,7 +2825,8 @@ def test_people_get_a_page_when_the_hub_fails(hub, browser, monkeypatch):
 
 
 @pytest.mark.parametrize(("path", "kind", "text"), [
-    ("/hub/api/user", "application/json", json.dumps(error(503, minihub.NO_DATABASE))), ("/hub/home", "text/plain", minihub.NO_DATABASE)])
+    ("/hub/api/user", "application/json", json.dumps(error(503, minihub.NO_DATABASE))),
+    ("/hub/home", "text/plain", minihub.NO_DATABASE)])
 def test_without_its_database_the_hub_says_so(hub, monkeypatch, path, kind, text):
     def gone(self):
         raise minihub.pw.OperationalError("could not connect: password=secret")
