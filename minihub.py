@@ -2762,8 +2762,12 @@ def read_names(value: Any, key: str) -> list[str]:
 
 
 def read_form(req: falcon.Request) -> dict[str, str]:
-    """A form's fields, the last one of each name."""
-    return dict(parse_qsl(read_body(req).decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=1000))
+    """A form's fields, the last one of each name. Raises BadRequest for more than any of the hub's forms has."""
+    body = read_body(req).decode("utf-8", "replace")
+    try:
+        return dict(parse_qsl(body, keep_blank_values=True, max_num_fields=1000))
+    except ValueError:
+        raise BadRequest("The form has too many fields") from None
 
 
 def patience(req: falcon.Request, seconds: float) -> float:

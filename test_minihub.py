@@ -2644,6 +2644,12 @@ def test_one_of_many_redeems_a_code(hub, browser, client):
     assert sorted(in_threads(4, redeem)) == [200, 400, 400, 400]
 
 
+def test_a_form_with_too_many_fields_is_refused(browser, client):
+    code = client.code(browser)
+    client.redeem(code, status=400, **{f"field{number}": "x" for number in range(1000)})
+    client.redeem(code, **{f"field{number}": "x" for number in range(900)})
+
+
 def test_the_token_endpoint_is_for_posts(nobody):
     assert nobody("GET", "/oauth2/token", status=405).json == error(405, "Method Not Allowed")
 
