@@ -2010,6 +2010,12 @@ class HubCore:
         if invalid:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
+        try:
+            return self._insert_new_users(wanted, admin)
+        except pw.IntegrityError:  # somebody else has made one of them in this moment
+            return self._insert_new_users(wanted, admin)
+
+    def _insert_new_users(self, wanted, admin):
         with self.database.atomic():
             existing = {row.name for part in pw.chunked(wanted, 500)  # SQLite takes only so many values at once
                         for row in User.select(User.name).where(User.name.in_(part))}
@@ -2429,13 +2435,16 @@ class HubCore:
 
     def find_or_create_server(self, user: User, name: str) -> Server:
         """The user's server of that name, made on its first use. Raises BadRequest over the limit of named servers."""
-        with self.database.atomic():
-            server = self.get_server(user, check_server_name(name))
-            limit = self.settings.named_server_limit
-            if server is None and limit and user.servers.where(Server.name != "").count() >= limit:
-                raise BadRequest(f"User {user.name} already has the maximum of {limit} named servers.  One must be deleted"
-                                 " before a new server can be created")
-            return server or Server.create(user=user, name=name)
+        try:
+            with self.database.atomic():
+                server = self.get_server(user, check_server_name(name))
+                limit = self.settings.named_server_limit
+                if server is None and limit and user.servers.where(Server.name != "").count() >= limit:
+                    raise BadRequest(f"User {user.name} already has the maximum of {limit} named servers.  One must be"
+                                     " deleted before a new server can be created")
+                return server or Server.create(user=user, name=name)
+        except pw.IntegrityError:  # somebody else has made it in this moment, or has deleted the user
+            return self.find_server(user, name)
 
     def check_named_servers(self) -> None:
         """Raises BadRequest if the hub is set to give each user one server only."""
@@ -2564,11 +2573,23 @@ class HubCore:
             look[server.status](server)
         return server
 
+    def _poll(self, server):
+        """The exit status of a server that has ended, None while it lives, and while nobody can tell."""
+        return self._ask(server, self.spawner.poll, server.state, otherwise=None)
+
+    def _ask(self, server, question, *values, otherwise, **options):
+        """What the spawner answers. One that fails is asked again at the next look, and spoils nobody's list of users."""
+        try:
+            return question(*values, **options)
+        except Exception:  # a hook that somebody else wrote
+            log.exception("server %s: the spawner failed", server.label)
+            return otherwise
+
     def _observe_spawning(self, server):
         if server.state is None:
             self._recover(server)
             return
-        status = self.spawner.poll(server.state)
+        status = self._poll(server)
         if status is not None:
             self._ended_early(server, status)
         elif answers_http(server.target, server.prefix):
@@ -2596,7 +2617,7 @@ class HubCore:
             self._end(server, f"The server ended while it started [status={status}]{tail}")
 
     def _log_tail(self, server):
-        tail = self.spawner.log_tail(server.state).strip() if server.state else ""
+        tail = self._ask(server, self.spawner.log_tail, server.state, otherwise="").strip() if server.state else ""
         return f". Its last words:\n{tail}" if tail else ""
 
     def _become_ready(self, server):
@@ -2621,7 +2642,7 @@ class HubCore:
         if time.monotonic() - self._looked_at.get(server.id, -math.inf) < 1:
             return
         self._looked_at[server.id] = time.monotonic()
-        status = self.spawner.poll(server.state)
+        status = self._poll(server)
         if status is not None:
             self._end(server, f"The server ended unexpectedly [status={status}]{self._log_tail(server)}")
 
@@ -2644,17 +2665,17 @@ class HubCore:
             self._delete_stopped(server)
 
     def _observe_stopping(self, server):
-        if server.state is None or self.spawner.poll(server.state) is not None:
+        if server.state is None or self._poll(server) is not None:
             self._end(server, "")
             return
-        state = self.spawner.stop(server.state)
+        state = self._ask(server, self.spawner.stop, server.state, otherwise=server.state)
         if state != server.state:
             self._move(server, "stopping", state=state)
 
     def _end(self, server, failure):
         """The server is no more: its process, route and credentials go, the row stays, with the reason if it is a bad one."""
-        if server.state and self.spawner.poll(server.state) is None:
-            self.spawner.stop(server.state, now=True)
+        if server.state and self._poll(server) is None:
+            self._ask(server, self.spawner.stop, server.state, now=True, otherwise=None)
         with self.database.atomic():
             if not self._move(server, "stopped", state=None, target=None, failure=storable(failure)):
                 return
@@ -3327,8 +3348,12 @@ def read_names(value: Any, key: str) -> list[str]:
 
 
 def read_form(req: falcon.Request) -> dict[str, str]:
-    """A form's fields, the last one of each name."""
-    return dict(parse_qsl(read_body(req).decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=1000))
+    """A form's fields, the last one of each name. Raises BadRequest for more than any of the hub's forms has."""
+    body = read_body(req).decode("utf-8", "replace")
+    try:
+        return dict(parse_qsl(body, keep_blank_values=True, max_num_fields=1000))
+    except ValueError:
+        raise BadRequest("The form has too many fields") from None
 
 
 def patience(req: falcon.Request, seconds: float) -> float:
