@@ -23,11 +23,15 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
+import statistics
+import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import wsgiref.simple_server
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
@@ -221,10 +225,11 @@ url = urlsplit(os.environ["JUPYTERHUB_SERVICE_URL"])
 
 class Api(tornado.web.RequestHandler):
     def get(self):
-        self.write({"version": "echo", "pid": os.getpid()})
+        self.write({"version": "echo", "pid": os.getpid(), "sockets": Socket.open_now})
 
 class Echo(tornado.web.RequestHandler):
     """Tells what has reached the server."""
+    SUPPORTED_METHODS = (*tornado.web.RequestHandler.SUPPORTED_METHODS, "PROPFIND")
     def prepare(self):
         self.set_header("Set-Cookie", "jupyterhub-hub-login=stolen; Path=/")
         self.add_header("Set-Cookie", "mine=1; Path=/user/")
@@ -267,17 +272,32 @@ class Events(tornado.web.RequestHandler):
             await self.flush()
             await asyncio.sleep(float(self.get_argument("pause")))
 
+class Status(tornado.web.RequestHandler):
+    """Answers with the status `?code=`."""
+    def get(self):
+        self.set_status(int(self.get_argument("code")))
+
 class Socket(tornado.websocket.WebSocketHandler):
+    """Says everything back; at "close" closes, at "vanish" ends the connection without a word."""
+    open_now = 0
     def check_origin(self, origin):
         return True
+    def open(self):
+        Socket.open_now += 1
+    def on_close(self):
+        Socket.open_now -= 1
     def on_message(self, message):
+        if message == "close":
+            return self.close()
+        if message == "vanish":
+            return self.ws_connection.stream.close()
         self.write_message(message, isinstance(message, bytes))
 
 async def main():
     prefix = url.path
     tornado.web.Application([(prefix + "api", Api), (prefix + "echo.*", Echo), (prefix + "upload", Upload),
         (prefix + "download", Download), (prefix + "events", Events), (prefix + "socket", Socket),
-        ]).listen(url.port, "127.0.0.1")
+        (prefix + "status", Status)]).listen(url.port, "127.0.0.1")
     await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -773,3 +793,259 @@ def test_a_server_that_finds_every_port_taken_is_given_up(make_hub, tmp_path):
     ada = Api(threaded(hub), token_for(hub, "ada"))
     assert "No free port was found" in ada("POST", "/users/ada/server", status=500).json["message"]
     assert len((tmp_path / "homes" / "ada" / "ports").read_text().split()) == 3
+
+
+########################################################################################################
+# 7. Proxies
+########################################################################################################
+
+# The text of HTTP
+
+
+def request_environ(**more):
+    """The environ of a request to ada's server, as gunicorn makes it."""
+    return {"REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": "/user/ada/x", "QUERY_STRING": "",
+            "SERVER_PROTOCOL": "HTTP/1.1", "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "8000", "HTTP_HOST": "lab:8000",
+            "REMOTE_ADDR": "10.9.8.7", "wsgi.url_scheme": "http", "wsgi.multithread": False, "wsgi.multiprocess": False,
+            **more}
+
+
+def head_of(length=None, protocol="HTTP/1.1", trusted=("127.0.0.1",), **more):
+    """The lines of the head that the user's server gets."""
+    environ = request_environ(**more)
+    head = minihub.request_head(environ, minihub.Client.of(environ, trusted), length, protocol)
+    assert head.endswith(b"\r\n\r\n")
+    return head.decode("latin-1")[:-4].split("\r\n")
+
+
+FORWARDED = ["X-Forwarded-For: 10.9.8.7", "X-Forwarded-Proto: http", "X-Forwarded-Host: lab:8000"]
+
+
+def test_a_request_goes_on_with_its_headers_and_ends_its_connection():
+    assert head_of(5, REQUEST_METHOD="POST", HTTP_ACCEPT="*/*", HTTP_X_XSRFTOKEN="a", CONTENT_TYPE="text/plain") == [
+        "POST /user/ada/x HTTP/1.1", "Host: lab:8000", "Accept: */*", "X-Xsrftoken: a", "Content-Type: text/plain",
+        "Content-Length: 5", *FORWARDED, "Connection: close"]
+
+
+def test_a_websocket_goes_on_as_one():
+    assert head_of(HTTP_CONNECTION="keep-alive, Upgrade", HTTP_UPGRADE="WebSocket", HTTP_SEC_WEBSOCKET_KEY="k") == [
+        "GET /user/ada/x HTTP/1.1", "Host: lab:8000", "Sec-Websocket-Key: k", *FORWARDED, "Connection: Upgrade",
+        "Upgrade: websocket"]
+
+
+def test_a_request_of_http_1_0_goes_on_as_one():
+    assert head_of(protocol="HTTP/1.0")[0] == "GET /user/ada/x HTTP/1.0"
+
+
+@pytest.mark.parametrize("header", [
+    "CONNECTION", "KEEP_ALIVE", "PROXY_CONNECTION", "PROXY_AUTHENTICATE", "PROXY_AUTHORIZATION", "TE", "TRAILER",
+    "TRANSFER_ENCODING", "UPGRADE", "EXPECT", "CONTENT_LENGTH", "X_FORWARDED_PORT", "X_FORWARDED_PREFIX", "X_SCHEME",
+    "X_REAL_IP", "FORWARDED"])
+def test_what_speaks_of_one_connection_only_stays_here(header):
+    assert head_of(**{f"HTTP_{header}": "said by the client"}) == [
+        "GET /user/ada/x HTTP/1.1", "Host: lab:8000", *FORWARDED, "Connection: close"]
+
+
+def test_a_header_that_the_client_ties_to_its_connection_stays_here():
+    lines = head_of(HTTP_CONNECTION="close, X-Mine", HTTP_X_MINE="1", HTTP_X_YOURS="2")
+    assert "X-Yours: 2" in lines and not any("Mine" in line for line in lines)
+
+
+@pytest.mark.parametrize("more", [
+    {"HTTP_X_A": "1\r\nX-B: 2"}, {"HTTP_X_A": "1\nX-B: 2"}, {"HTTP_X_A": "1\rX-B: 2"}, {"HTTP_X_A": "1\0"},
+    {"HTTP_CONTENT_LENGTH ": "5"}, {"HTTP_X_A:": "1"}, {"HTTP_X\tA": "1"}, {"HTTP_X_\u00e9": "1"},
+    {"HTTP_HOST": "a\r\nb"}, {"CONTENT_TYPE": "a\nb"}, {"REQUEST_METHOD": "GET\n"}, {"HTTP_COOKIE": "\n"}])
+def test_no_header_can_hold_another(more):
+    with pytest.raises(minihub.BadRequest):
+        head_of(**more)
+
+
+@pytest.mark.parametrize("path, raw, query, target", [
+    ("/user/ada/x", "/user/ada/x", "", "/user/ada/x"),
+    ("/user/ada/a/b c\xc3\xa9", "/user/ada/a%2Fb%20c%C3%A9?q=1", "q=1", "/user/ada/a%2Fb%20c%C3%A9?q=1"),
+    ("/user/ada/a b", "", "", "/user/ada/a%20b"),
+    ("/user/ada/\xc3\xa9", None, "", "/user/ada/%C3%A9"),
+    ("/user/ada/x", "http://lab/user/ada/x", "", "/user/ada/x"),
+    ("/user/ada/x", "/user/bob/x", "", "/user/ada/x"),
+    ("/user/ada/x y", "/user/ada/x y", "", "/user/ada/x%20y"),
+    ("/user/ada/\r\nX: 1", "/user/ada/%0D%0AX:%201", "", "/user/ada/%0D%0AX:%201"),
+    ("/user/ada/~!$&'()*+,;=:@", None, "", "/user/ada/~!$&'()*+,;=:@"),
+    ("/user/ada/x", "/user/ada/x", "a=%2F&b=+&&c=;~!*'()\"<>[]{}|^`\\", "/user/ada/x?a=%2F&b=+&&c=;~!*'()\"<>[]{}|^`\\"),
+    ("/user/ada/x", "/user/ada/x", "a= \r\nX: 1", "/user/ada/x?a=%20%0D%0AX:%201")])
+def test_a_path_goes_on_as_it_was_sent(path, raw, query, target):
+    more = {} if raw is None else {"RAW_URI": raw}
+    assert minihub.request_target(request_environ(PATH_INFO=path, QUERY_STRING=query, **more)) == target
+
+
+def test_the_mount_point_is_a_part_of_the_path():
+    assert minihub.request_target(request_environ(SCRIPT_NAME="/lab", REQUEST_URI="/lab/user/ada/x")) == "/lab/user/ada/x"
+
+
+@pytest.mark.parametrize("trusted, peer, forwarded, client", [
+    ((), "10.0.0.1", {}, ("10.0.0.1", "http", "lab:8000")),
+    ((), "10.0.0.1", {"FOR": "6.6.6.6", "PROTO": "https", "HOST": "evil"}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "6.6.6.6", "PROTO": "https", "HOST": "good"}, ("6.6.6.6", "https", "good")),
+    (("10.0.0.0/8",), "10.0.0.1", {"FOR": "7.7.7.7, 6.6.6.6, 10.0.0.9"}, ("6.6.6.6", "http", "lab:8000")),
+    (("10.0.0.0/8",), "10.0.0.1", {"FOR": "10.0.0.8, 10.0.0.9"}, ("10.0.0.8", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"PROTO": "https, http", "HOST": "a, b"}, ("10.0.0.1", "http", "b")),
+    (("10.0.0.1",), "10.0.0.1", {"PROTO": "javascript", "FOR": " , "}, ("10.0.0.1", "http", "lab:8000")),
+    (("127.0.0.1",), "::ffff:127.0.0.1", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
+    (("::1",), "::1", {"FOR": "2001:db8::1"}, ("2001:db8::1", "http", "lab:8000")),
+    (("127.0.0.1",), "", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
+    (("127.0.0.1",), "no address", {"FOR": "6.6.6.6"}, ("no address", "http", "lab:8000"))])
+def test_forwarding_headers_are_believed_from_trusted_proxies_only(trusted, peer, forwarded, client):
+    environ = request_environ(REMOTE_ADDR=peer, **{f"HTTP_X_FORWARDED_{key}": value for key, value in forwarded.items()})
+    assert minihub.Client.of(environ, trusted) == minihub.Client(*client)
+
+
+def test_a_trusted_proxys_chain_is_continued_and_others_begin_anew():
+    said = {"HTTP_X_FORWARDED_FOR": "6.6.6.6", "HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_FORWARDED_HOST": "good"}
+    assert head_of(trusted=["10.9.8.7"], **said)[1:] == [
+        "Host: good", "X-Forwarded-For: 6.6.6.6, 10.9.8.7", "X-Forwarded-Proto: https", "X-Forwarded-Host: good",
+        "Connection: close"]
+    assert head_of(trusted=[], **said)[1:] == ["Host: lab:8000", *FORWARDED, "Connection: close"]
+
+
+@pytest.mark.parametrize("header, left", [
+    ("a=1; jupyterhub-hub-login=s; b=2", "a=1; b=2"), ("jupyterhub-hub-login=s", ""), ("", ""),
+    ("jupyterhub-services=s;a=1", "a=1"), (" jupyterhub-hub-login = s", ""), ("a=1,jupyterhub-hub-login=s; b=2", "b=2"),
+    ("jupyterhub-session-id=1; jupyterhub-user-ada=t", "jupyterhub-session-id=1; jupyterhub-user-ada=t"),
+    ("my-jupyterhub-hub-login=1; a=jupyterhub-hub-login", "my-jupyterhub-hub-login=1; a=jupyterhub-hub-login")])
+def test_the_hubs_cookies_are_cut_out(header, left):
+    assert minihub.strip_cookies(header, minihub.HUB_COOKIES) == left
+
+
+@pytest.mark.parametrize("text, hubs", [
+    ("jupyterhub-hub-login=x; Path=/hub/", True), ("jupyterhub-services=x", True), ("=jupyterhub-hub-login=x", True),
+    (" = jupyterhub-hub-login =x", True), ("jupyterhub-hub-login", True), ("jupyterhub-user-ada=x; Path=/user/ada/", False),
+    ("a=jupyterhub-hub-login", False), ("", False)])
+def test_the_hubs_cookies_are_recognised_when_a_server_sets_them(text, hubs):
+    assert minihub.is_hub_cookie(text) is hubs
+
+
+@pytest.mark.parametrize("connection, upgrade, websocket", [
+    ("Upgrade", "websocket", True), ("keep-alive, upgrade", "WebSocket", True), ("Upgrade", "h2c", False),
+    ("close", "websocket", False), ("", "", False)])
+def test_a_websocket_is_recognised(connection, upgrade, websocket):
+    environ = request_environ(HTTP_CONNECTION=connection, HTTP_UPGRADE=upgrade)
+    assert minihub.is_websocket(environ) is websocket
+
+
+@pytest.mark.parametrize("length, number", [(None, None), ("", None), ("0", 0), ("12", 12)])
+def test_a_body_has_the_length_it_says(length, number):
+    assert minihub.content_length(request_environ(CONTENT_LENGTH=length)) == number
+
+
+@pytest.mark.parametrize("length", ["-1", "+5", "5, 5", "0x5", "\u0665", "9" * 19, "5 "])
+def test_a_length_that_is_no_number_is_refused(length):
+    with pytest.raises(minihub.BadRequest):
+        minihub.content_length(request_environ(CONTENT_LENGTH=length))
+
+
+def test_a_chunked_body_needs_a_host_that_says_where_it_ends():
+    with pytest.raises(minihub.BadRequest):
+        minihub.spooled_body(request_environ(HTTP_TRANSFER_ENCODING="chunked"))
+
+
+def test_an_answer_is_read_and_written_again():
+    head = minihub.ResponseHead.parse(b"HTTP/1.0 404 Not  There\r\nContent-Length: 3\r\nX-A:b : c \r\nServer:\r\nSet-Cookie: a=1")
+    assert head == minihub.ResponseHead(404, "Not  There", (
+        ("Content-Length", "3"), ("X-A", "b : c"), ("Server", ""), ("Set-Cookie", "a=1")))
+    assert head.encode() == (b"HTTP/1.1 404 Not  There\r\nContent-Length: 3\r\nX-A: b : c\r\nServer: \r\n"
+                             b"Set-Cookie: a=1\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize("line, status, reason", [
+    (b"HTTP/1.1 200 OK", 200, "OK"), (b"HTTP/1.1 204", 204, ""), (b"HTTP/1.1 204 ", 204, ""), (b"HTTP/1.0 599 \xe9", 599, "\xe9")])
+def test_status_lines_that_are_some(line, status, reason):
+    head = minihub.ResponseHead.parse(line)
+    assert (head.status, head.reason) == (status, reason)
+
+
+GARBAGE = {
+    "nothing": b"", "text": b"hello", "http 2": b"HTTP/2 200 OK", "http 0.9": b"<html>", "no status": b"HTTP/1.1 OK",
+    "long status": b"HTTP/1.1 2000 OK", "status 0": b"HTTP/1.1 099 OK", "bare LF": b"HTTP/1.1 200 OK\r\nA: b\nSet-Cookie: c",
+    "bare CR": b"HTTP/1.1 200 OK\r\nA: b\rC: d", "NUL": b"HTTP/1.1 200 OK\r\nA: \0", "folded": b"HTTP/1.1 200 OK\r\nA: b\r\n c",
+    "no colon": b"HTTP/1.1 200 OK\r\nA b", "blank in name": b"HTTP/1.1 200 OK\r\nContent-Length : 3",
+    "no name": b"HTTP/1.1 200 OK\r\n: 3", "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4",
+    "list of lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 3, 3", "negative": b"HTTP/1.1 200 OK\r\nContent-Length: -3"}
+
+
+@pytest.mark.parametrize("raw", GARBAGE.values(), ids=GARBAGE)
+def test_an_answer_that_is_none_is_recognised(raw):
+    with pytest.raises(ValueError):
+        minihub.ResponseHead.parse(raw)
+
+
+def test_an_answer_loses_what_is_not_for_the_client():
+    head = minihub.ResponseHead.parse(
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: 5\r\nX-Mine: 1\r\nX-Yours: 2\r\n"
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\nProxy-Authenticate: x\r\nTrailer: x\r\n"
+        b"Set-Cookie: jupyterhub-hub-login=x\r\nSet-Cookie: =jupyterhub-services=x\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2")
+    assert head.encode() == (b"HTTP/1.1 200 OK\r\nX-Yours: 2\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"
+                             b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+
+
+def test_an_upgrade_is_told_to_the_client():
+    head = minihub.ResponseHead.parse(b"HTTP/1.1 101 Up\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x")
+    assert head.encode() == (b"HTTP/1.1 101 Up\r\nSec-WebSocket-Accept: x\r\nConnection: Upgrade\r\n"
+                             b"Upgrade: websocket\r\n\r\n")
+
+
+@pytest.mark.parametrize("method, status, headers, length", [
+    ("GET", 200, b"Content-Length: 5", 5), ("GET", 200, b"Server: x", None), ("HEAD", 200, b"Content-Length: 5", 0),
+    ("GET", 204, b"Content-Length: 5", 0), ("GET", 304, b"Content-Length: 5", 0), ("POST", 200, b"Content-Length: 0", 0),
+    ("GET", 200, b"Content-Length: 5\r\nTransfer-Encoding: chunked", None), ("HEAD", 200, b"Transfer-Encoding: chunked", 0)])
+def test_where_an_answer_ends(method, status, headers, length):
+    assert minihub.ResponseHead.parse(b"HTTP/1.1 %d OK\r\n%s" % (status, headers)).body_length(method) == length
+
+
+def test_the_kernel_is_asked_to_notice_peers_that_vanish():
+    with socket.socket() as connection:
+        minihub.notice_dead_peer(connection)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+    near, far = socket.socketpair()
+    with near, far:
+        minihub.notice_dead_peer(near)
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+# Routes
+
+
+def routes_of(hub):
+    with hub.connected():
+        return {prefix: route["target"] for prefix, route in hub.proxy.get_all_routes().items()}
+
+
+def test_routes_are_added_replaced_and_deleted(hub):
+    with hub.connected():
+        hub.proxy.add_route("/user/a@b%20c/", "http://127.0.0.1:1", {"user": "a@b c", "server_name": ""})
+        hub.proxy.add_route("/user/bob/", "http://127.0.0.1:2", {"user": "bob", "server_name": ""})
+        hub.proxy.add_route("/user/bob/", "http://127.0.0.1:3", {"user": "bob", "server_name": ""})
+        assert hub.proxy.get_all_routes() == {
+            "/user/a@b%20c/": {"routespec": "/user/a@b%20c/", "target": "http://127.0.0.1:1",
+                               "data": {"user": "a@b c", "server_name": ""}},
+            "/user/bob/": {"routespec": "/user/bob/", "target": "http://127.0.0.1:3",
+                           "data": {"user": "bob", "server_name": ""}}}
+        hub.proxy.delete_route("/user/bob/")
+        hub.proxy.delete_route("/user/bob/")
+    assert routes_of(hub) == {"/user/a@b%20c/": "http://127.0.0.1:1"}
+
+
+def test_checking_the_routes_makes_them_what_they_should_be(hub):
+    with hub.connected():
+        for number, name in enumerate(("ada", "bob", "eve")):
+            hub.proxy.add_route(f"/user/{name}/", f"http://127.0.0.1:{number}", {})
+        right = {f"/user/{name}/": {"target": f"http://127.0.0.1:{number}", "data": {}}
+                 for name, number in (("ada", 0), ("bob", 7), ("new", 8))}
+        hub.proxy.check_routes(right)
+    assert routes_of(hub) == {prefix: route["target"] for prefix, route in right.items()}
+
+
+def test_a_proxy_of_ones_own_needs_three_methods():
+    for call in (lambda proxy: proxy.add_route("/", "", {}), lambda proxy: proxy.delete_route("/"),
+                 lambda proxy: proxy.get_all_routes()):
+        with pytest.raises(NotImplementedError):
+            call(minihub.Proxy())
