@@ -1162,7 +1162,7 @@ class Handover:
 
     def respond(self, start_response) -> Handover:
         """The response that the WSGI server is to believe in."""
-        start_response("200 OK", [("Content-Length", "0"), ("Connection", "close")])
+        start_response("200 OK", [("Content-Length", "0")])
         return self
 
     def __iter__(self):

@@ -1066,6 +1066,7 @@ def carrying(folder, *options, **settings):
 
     try:
         yield start_echo(start, folder, *options, **settings)
+        assert "Traceback" not in hubs[0].log.read_text()
     finally:
         for hub in hubs:
             hub.stop_all()
@@ -1755,9 +1756,23 @@ def test_a_host_that_lends_its_sockets_carries_websockets_with_a_single_thread(l
         assert lending_host.request("GET", "/hub/api/").status == 200
 
 
+def test_a_host_that_lends_its_sockets_finds_no_fault_with_that(lending_host, capsys):
+    for _ in range(2):  # the second is taken up when the first is over
+        assert lending_host.request("GET", "/user/ada/api").status == 200
+    assert capsys.readouterr().err == ""
+
+
 def test_a_host_that_lends_no_socket_says_that_it_cannot_carry_websockets(waitress):
     answer = waitress.request("GET", "/user/ada/socket", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
     assert answer.status == 501 and "does not let the hub carry websockets" in json.loads(answer.body)["message"]
+
+
+def test_gunicorn_with_gevent_carries_all_but_websockets(tmp_path):
+    pytest.importorskip("gevent", reason="pip install gevent")
+    with carrying(tmp_path, "--worker-class", "gevent") as hub:
+        assert echoed(hub, "POST", body=iter([b"bo", b"dy"]))["body"] == "body"
+        upgrade = hub.request("GET", "/user/ada/socket", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        assert upgrade.status == 501
 
 
 def test_a_host_that_lends_no_socket_streams(waitress):
