@@ -1328,7 +1328,7 @@ class Handover:
 
     def respond(self, start_response) -> Handover:
         """The response that the WSGI server is to believe in."""
-        start_response("200 OK", [("Content-Length", "0"), ("Connection", "close")])
+        start_response("200 OK", [("Content-Length", "0")])
         return self
 
     def __iter__(self):
@@ -1615,8 +1615,8 @@ def read_head(response) -> ResponseHead:
 
 def stream_through(environ, start_response, exchange: Exchange) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread, where the WSGI host lends nobody its sockets."""
-    upstream = socket.create_connection(exchange.target, CONNECT_TIMEOUT)
-    try:
+    with contextlib.ExitStack() as opened:
+        upstream = opened.enter_context(socket.create_connection(exchange.target, CONNECT_TIMEOUT))
         upstream.settimeout(None)
         notice_dead_peer(upstream)
         upstream.sendall(exchange.head)
@@ -1626,20 +1626,17 @@ def stream_through(environ, start_response, exchange: Exchange) -> Iterable[byte
         while left and (data := environ["wsgi.input"].read(min(CHUNK, left))):
             upstream.sendall(data)
             left -= len(data)
-        response = upstream.makefile("rb")
+        response = opened.enter_context(upstream.makefile("rb"))
         head = read_head(response)
-    except BaseException:
-        upstream.close()
-        raise
-    start_response(f"{head.status} {head.reason}", head.passed_on())
-    return Streamed(upstream, response, head.body_length(exchange.method))
+        start_response(f"{head.status} {head.reason}", head.passed_on())
+        return Streamed(opened.pop_all(), response, head.body_length(exchange.method))
 
 
 class Streamed:
     """A response's body as the WSGI server asks for it; closes the connection when that is done or given up."""
 
-    def __init__(self, upstream, response, length):
-        self._upstream, self._response, self._left = upstream, response, length
+    def __init__(self, opened, response, length):
+        self._opened, self._response, self._left = opened, response, length
 
     def __iter__(self):
         while self._left != 0 and (data := self._response.read1(min(CHUNK, self._left or CHUNK))):
@@ -1648,8 +1645,7 @@ class Streamed:
 
     def close(self):
         """The client has all of it, or is gone."""
-        self._response.close()
-        self._upstream.close()
+        self._opened.close()
 
 
 class EmbeddedProxy(Proxy):
