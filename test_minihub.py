@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import http.client
 import http.server
@@ -443,6 +444,93 @@ def test_with_ci_set_nothing_may_skip(tmp_path, ci, outcome):
                            "test_skipping.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "CI": ci, "PYTHONPATH": str(HERE)})
     assert outcome in done.stdout
+
+
+########################################################################################################
+# 2. Settings
+########################################################################################################
+
+
+README = (HERE / "README.md").read_text()
+
+
+def settings_table():
+    """The README's table of settings, as the dataclass and its comments have it."""
+    source = Path(minihub.__file__).read_text()
+    meanings = dict(re.findall(r"^    (\w+): [^#\n]+# (.+)$", source[:source.index("def __post_init__")], re.MULTILINE))
+    rows = [(f"`{field.name}`", "" if field.name == "process_variables" else f"`MINIHUB_{field.name.upper()}`",
+             f"`{written(field.default)}`" if written(field.default) else "", meanings[field.name].replace("|", "\\|"))
+            for field in dataclasses.fields(Settings)]
+    head = [("keyword", "variable", "default", "meaning"), ("---",) * 4]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])
+
+
+def written(default):
+    """A default as one would write it in a variable."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(default) if isinstance(default, tuple) else "" if default is None else f"{default}"
+
+
+def test_the_readmes_table_has_every_setting():
+    assert settings_table() in README
+
+
+def test_every_default_in_the_table_can_be_written_as_a_variable():
+    variables = {f"MINIHUB_{field.name.upper()}": written(field.default) for field in dataclasses.fields(Settings)}
+    del variables["MINIHUB_PROCESS_VARIABLES"]
+    assert Settings.from_environ(variables) == Settings()
+
+
+def readme_example(name):
+    """What the README's Python example with that name in it defines."""
+    example = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if name in text)
+    defined = {}
+    exec(example, defined)
+    return defined[name]
+
+
+def test_the_readmes_authenticator_believes_the_site(make_hub):
+    pages = webtest.TestApp(make_hub(authenticator=readme_example("SiteUsers")), lint=True)
+    assert pages.get("/hub/home", status=200, extra_environ={"REMOTE_USER": "ada"}).html.h1.text == "Hello, ada"
+    assert pages.get("/hub/logout", status=302, extra_environ={"REMOTE_USER": "ada"}).headers["Location"] == "/logout"
+    pages.get("/hub/home", status=302)
+
+
+@pytest.mark.parametrize("options, folder", [(None, "/opt/python-course"), ({"course": "statistics"}, "/opt/statistics-course")])
+def test_the_readmes_spawner_gives_each_course_its_environment(make_hub, options, folder):
+    spawner = make_hub(spawner=readme_example("CourseSpawner")).spawner
+    launch = minihub.Launch("id", minihub.User(name="ada", folder="ada"), "", options, "/user/ada/", 1234, {})
+    assert spawner.command(launch) == [f"{folder}/bin/jupyterhub-singleuser", "--port=1234"]
+    assert spawner.environment(launch)["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_readmes_proxy_lists_what_runs(make_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = make_hub(proxy=readme_example("ListingProxy"))
+    with hub.connected():
+        hub.proxy.add_route("/user/ada/", "http://127.0.0.1:1", {})
+        hub.proxy.add_route("/user/bob/", "http://127.0.0.1:2", {})
+        hub.proxy.delete_route("/user/ada/")
+    assert Path("running.txt").read_text() == "/user/bob/"
+
+
+def test_the_readmes_mount_sends_only_its_own_paths_to_the_hub(tmp_path, monkeypatch):
+    def site(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"the site"]
+
+    monkeypatch.chdir(tmp_path)
+    application = readme_example("application")
+    application.__globals__["site"] = site
+    pages, hub = webtest.TestApp(application), application.__globals__["lab"]
+    try:
+        assert pages.get("/lab/hub/login", status=200).html.h1.text == "Sign in"
+        assert pages.get("/lab", status=302).headers["Location"] == "/lab/hub/"
+        assert pages.get("/laboratory", status=200).text == "the site"
+    finally:
+        hub._ticking.set()
+        hub.disconnect()
 
 
 ########################################################################################################
