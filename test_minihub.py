@@ -469,6 +469,32 @@ def is_open(port):
     """Whether somebody listens there."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
+SKIPPING = """
+import pytest
+from test_minihub import pytest_generate_tests
+
+@pytest.mark.skipif(True, reason="apt-get install nothing")
+def test_marked(): pass
+
+def test_passes(): pass
+
+def test_skips_itself(): pytest.skip("pip install nothing")
+
+@pytest.mark.xfail(strict=True)
+def test_fails_as_expected(): assert False
+"""
+
+
+@pytest.mark.parametrize("ci, outcome", [
+    ("", "1 passed, 2 skipped, 1 xfailed"),
+    ("true", "1 failed, 1 passed, 1 xfailed, 1 error"),  # the error: a mark skips before the test begins
+])
+def test_with_ci_set_nothing_may_skip(tmp_path, ci, outcome):
+    (tmp_path / "test_skipping.py").write_text(SKIPPING)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings",
+                           "test_skipping.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "CI": ci, "PYTHONPATH": str(HERE)})
+    assert outcome in done.stdout
 
 
 ########################################################################################################
@@ -912,6 +938,11 @@ def test_the_dummy_lets_in_who_knows_the_one_password(make_hub, credentials, nam
     assert hub.authenticator.authenticate(credentials, {}) == name
 
 
+########################################################################################################
+# 6. Spawners
+########################################################################################################
+
+
 @pytest.fixture
 def processes(tmp_path):
     """Makes SubprocessSpawners, all of whose processes are gone afterwards: `processes("sleep 60")`."""
@@ -1288,32 +1319,6 @@ def test_a_server_that_finds_every_port_taken_is_given_up(make_hub, tmp_path):
     ada = Api(threaded(hub), token_for(hub, "ada"))
     assert "No free port was found" in ada("POST", "/users/ada/server", status=500).json["message"]
     assert len((tmp_path / "homes" / "ada" / "ports").read_text().split()) == 3
-SKIPPING = """
-import pytest
-from test_minihub import pytest_generate_tests
-
-@pytest.mark.skipif(True, reason="apt-get install nothing")
-def test_marked(): pass
-
-def test_passes(): pass
-
-def test_skips_itself(): pytest.skip("pip install nothing")
-
-@pytest.mark.xfail(strict=True)
-def test_fails_as_expected(): assert False
-"""
-
-
-@pytest.mark.parametrize("ci, outcome", [
-    ("", "1 passed, 2 skipped, 1 xfailed"),
-    ("true", "1 failed, 1 passed, 1 xfailed, 1 error"),  # the error: a mark skips before the test begins
-])
-def test_with_ci_set_nothing_may_skip(tmp_path, ci, outcome):
-    (tmp_path / "test_skipping.py").write_text(SKIPPING)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings",
-                           "test_skipping.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "CI": ci, "PYTHONPATH": str(HERE)})
-    assert outcome in done.stdout
 
 
 ########################################################################################################
@@ -4195,6 +4200,353 @@ def test_a_password_makes_no_token_for_whom_the_hub_does_not_know(make_hub):
     assert Api(hub)("POST", "/users/eve/tokens", body, status=403).json == error(403, "Invalid username or password")
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    ("/users/ada/tokens", lambda password: {"auth": {"username": "ada", "password": password}}),
+    ("/authorizations/token", lambda password: {"username": "ada", "password": password})])
+def test_passwords_cannot_be_tried_without_end(nobody, pass_time, path, body):
+    for _ in range(5):
+        nobody("POST", path, body("wrong"), status=403)
+    response = nobody("POST", path, body(password_of("ada")), status=429)
+    assert response.json == error(429, Like(r"Too many failed sign-ins\. Try again in (299|300) seconds"))
+    assert response.headers["Retry-After"] in ("299", "300")
+    pass_time(301)
+    nobody("POST", path, body(password_of("ada")), status="2*")
+
+
+def test_a_token_is_revoked(hub, ada):
+    made = ada("POST", "/users/ada/tokens", status=201).json
+    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=204).body == b""
+    Api(hub, made["token"])("GET", "/user", status=403)
+    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=404).json == error(
+        404, f"No such token {made['id']} for user ada")
+
+
+def test_a_token_can_revoke_itself(ada):
+    own = ada("GET", "/user").json["token_id"]
+    ada("DELETE", f"/users/ada/tokens/{own}", status=204)
+    ada("GET", "/user", status=403)
+
+
+@pytest.mark.parametrize("who", ["bob", "root"])
+def test_a_token_belongs_to_its_user(hub, ada, who):
+    token = ada("GET", "/user").json["token_id"]
+    path = f"/users/{who}/tokens/{token}"
+    assert api_of(hub, who)("DELETE", path, status=404).json == error(404, f"No such token {token} for user {who}")
+    assert ada("GET", f"/users/ada/tokens/{token}").json["id"] == token
+
+
+def test_an_expired_token_is_no_token(hub, ada, pass_time):
+    made = ada("POST", "/users/ada/tokens", {"expires_in": 60}, status=201).json
+    ada("GET", f"/users/ada/tokens/{made['id']}")
+    pass_time(61)
+    ada("GET", f"/users/ada/tokens/{made['id']}", status=404)
+    ada("GET", f"/authorizations/token/{made['token']}", status=404)
+
+
+def test_revoking_an_oauth_token_revokes_all_for_that_server(hub, root, ada):
+    adas, more, roots = oauth_token(hub, "ada"), oauth_token(hub, "ada"), oauth_token(hub, "root", owner="ada")
+    other = oauth_token(hub, "ada", owner="bob")
+    ada("DELETE", f"/users/ada/tokens/{Api(hub, adas)('GET', '/user').json['token_id']}", status=204)
+    statuses = [Api(hub, token)("GET", "/user", status="*").status_int for token in (adas, more, roots, other)]
+    assert statuses == [403, 403, 200, 200]
+
+
+def patient(hub, name="ada"):
+    """The API on a host with threads, where a request may wait."""
+    return Api(lambda environ, start_response: hub({**environ, "wsgi.multithread": True}, start_response), token_for(hub, name))
+
+
+def test_a_server_is_started_and_stopped(ada, spawner):
+    started = ada("POST", "/users/ada/server", {"cpu": 2}, status=201)
+    assert (started.body, started.content_type, spawner.launches[0].user_options) == (b"", "text/plain", {"cpu": 2})
+    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is already running")
+    assert ada("DELETE", "/users/ada/server", status=204).body == b""
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada").json["servers"] == {}
+
+
+def test_an_admin_starts_and_stops_the_servers_of_others(root, spawner):
+    root("POST", "/users/Ada/server", status=201)
+    root("DELETE", "/users/Ada/server", status=204)
+    assert [launch.user.name for launch in spawner.launches] == ["ada"]
+
+
+def test_a_start_that_takes_long_goes_on(ada, spawner):
+    spawner.answers = False
+    response = ada("POST", "/users/ada/server", status=202)
+    assert (response.body, response.content_type) == (b"", "text/plain")
+    ada("POST", "/users/ada/server", status=202)
+    assert (len(spawner.launches), ada("GET", "/users/ada").json["pending"]) == (1, "spawn")
+    assert ada("DELETE", "/users/ada/server", status=400).json == error(400, "ada is pending spawn, please wait")
+
+
+def test_a_host_with_threads_waits_for_a_start(hub, monkeypatch):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(minihub, "answers_http", lambda target, prefix: next(answers))
+    patient(hub)("POST", "/users/ada/server", status=201)
+
+
+def test_a_host_with_threads_does_not_wait_for_ever(make_hub, spawner):
+    spawner.answers = False
+    hub = people(make_hub(slow_spawn_timeout=0.06))
+    patient(hub)("POST", "/users/ada/server", status=202)
+
+
+def test_a_host_with_threads_says_why_a_start_failed(hub, spawner, monkeypatch):
+    exits, spawner.answers = iter([None, None, 7]), False
+    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 7))
+    assert patient(hub)("POST", "/users/ada/server", status=500).json == error(
+        500, "ada's server failed to start. The server ended while it started [status=7]" + LOG_TAIL)
+
+
+@pytest.mark.parametrize(("spoil", "why"), [
+    ({"exits_at_once": 1}, "The server ended while it started [status=1]" + LOG_TAIL), ({"problem": OSError("disk full")}, "OSError: disk full")])
+def test_a_start_that_fails_at_once_is_reported_at_once(ada, spawner, spoil, why):
+    vars(spawner).update(spoil)
+    assert ada("POST", "/users/ada/server", status=500).json == error(500, f"ada's server failed to start. {why}")
+    assert events(ada, "/users/ada/server/progress") == [{"progress": 100, "failed": True, "message": f"Spawn failed: {why}"}]
+
+
+def test_many_requests_start_one_server(hub, spawner):
+    spawner.answers, token = False, token_for(hub, "ada")
+
+    def start(number):
+        status = Api(hub, token)("POST", "/users/ada/server", status="*").status_int
+        hub.disconnect()
+        return status
+
+    assert in_threads(8, start) == [202] * 8
+    assert len(spawner.launches) == 1
+
+
+def test_a_server_that_has_died_is_started_again(ada, spawner):
+    ada("POST", "/users/ada/server", status=201)
+    ada("GET", "/users/ada")
+    spawner.end_all()
+    ada("POST", "/users/ada/server", status=201)
+    assert len(spawner.launches) == 2
+
+
+def test_a_stop_that_takes_long_goes_on(ada, spawner):
+    ada("POST", "/users/ada/server", status=201)
+    spawner.stubborn = True
+    response = ada("DELETE", "/users/ada/server", status=202)
+    assert (response.body, response.content_type) == (b"", "text/plain")
+    ada("DELETE", "/users/ada/server", status=202)
+    assert ada("GET", "/users/ada").json["pending"] == "stop"
+    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is pending stop")
+    spawner.end_all()
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada").json["pending"] is None
+
+
+def test_a_host_with_threads_waits_for_a_stop(hub, spawner, monkeypatch):
+    patient(hub)("POST", "/users/ada/server", status=201)
+    exits, spawner.stubborn = iter([None, None, None]), True
+    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 0))
+    patient(hub)("DELETE", "/users/ada/server", status=204)
+
+
+@pytest.mark.parametrize(("first", "then", "seen"), [
+    ({"cpu": 2}, None, {"cpu": 2}), ({"cpu": 2}, {}, {}), (None, None, None), ({"é": "\0"}, None, {"é": "\0"})])
+def test_options_are_kept_until_others_are_given(ada, spawner, first, then, seen):
+    ada("POST", "/users/ada/server", first, status=201)
+    ada("DELETE", "/users/ada/server", status=204)
+    ada("POST", "/users/ada/server", then, status=201)
+    assert spawner.launches[1].user_options == seen
+    assert ada("GET", "/users/ada").json["servers"][""]["user_options"] == (seen or {})
+
+
+def test_only_so_many_servers_start_at_once(make_hub, spawner):
+    spawner.answers = False
+    hub = people(make_hub(concurrent_spawn_limit=1))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
+    assert response.json == error(429, "Too many servers are starting just now. Try again in a moment")
+    assert response.headers["Retry-After"] == "10"
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+
+
+def test_only_so_many_servers_run(make_hub):
+    hub = people(make_hub(active_server_limit=1))
+    api_of(hub, "ada")("POST", "/users/ada/server", status=201)
+    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
+    assert response.json == error(429, "The hub runs 1 servers already, which is its limit. Stop one first")
+    assert "Retry-After" not in response.headers
+    api_of(hub, "ada")("DELETE", "/users/ada/server", status=204)
+    api_of(hub, "bob")("POST", "/users/bob/server", status=201)
+
+
+def test_a_named_server_is_started_stopped_and_removed(ada, spawner):
+    ada("POST", "/users/ada/servers/gpu", {"gpu": 1}, status=201)
+    assert ada("GET", "/users/ada").json["servers"] == {"gpu": server("gpu", user_options={"gpu": 1})}
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=204)
+    assert ada("DELETE", "/users/ada/servers/gpu", status=404).json == error(404, "ada has no server named 'gpu'")
+
+
+def test_a_running_named_server_is_stopped_before_it_is_removed(ada, spawner):
+    ada("POST", "/users/ada/servers/gpu", status=201)
+    spawner.stubborn = True
+    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=202)
+    spawner.end_all()
+    ada("DELETE", "/users/ada/servers/gpu", status=204)
+    ada("DELETE", "/users/ada/servers/gpu", status=404)
+
+
+def test_an_empty_name_means_the_default_server(ada):
+    ada("POST", "/users/ada/servers/", status=201)
+    assert list(ada("GET", "/users/ada").json["servers"]) == [""]
+    ada("DELETE", "/users/ada/servers/", status=204)
+
+
+def test_a_user_has_only_so_many_named_servers(make_hub):
+    hub = people(make_hub(named_server_limit=1))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/servers/one", status=201)
+    ada("DELETE", "/users/ada/servers/one", status=204)
+    assert ada("POST", "/users/ada/servers/two", status=400).json == error(
+        400, "User ada already has the maximum of 1 named servers.  One must be deleted before a new server can be created")
+    ada("POST", "/users/ada/servers/one", status=201)
+    ada("POST", "/users/ada/server", status=201)
+    api_of(hub, "bob")("POST", "/users/bob/servers/two", status=201)
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_a_hub_can_do_without_named_servers(make_hub, method):
+    hub = people(make_hub(named_servers=False))
+    assert api_of(hub, "ada")(method, "/users/ada/servers/gpu", status=400).json == error(400, "Named servers are not enabled.")
+    api_of(hub, "ada")("POST", "/users/ada/servers/", status=201)
+
+
+def events(api, path):
+    """The events of a progress stream, of which webtest sees what is known at once."""
+    response = api("GET", path)
+    assert (response.content_type, response.headers["Cache-Control"]) == ("text/event-stream", "no-cache")
+    return [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize(("place", "url"), [("server", "/user/ada/"), ("servers/gpu", "/user/ada/gpu/")])
+def test_the_progress_of_a_server_that_runs_is_complete(ada, place, url):
+    ada("POST", f"/users/ada/{place}", status=201)
+    assert events(ada, f"/users/ada/{place}/progress") == [{
+        "progress": 100, "ready": True, "message": f"Server ready at {url}",
+        "html_message": f'Server ready at <a href="{url}">{url}</a>', "url": url}]
+
+
+def test_the_progress_of_a_server_that_starts_is_asked_for_again(ada, spawner):
+    spawner.answers = False
+    ada("POST", "/users/ada/server", status=202)
+    assert events(ada, "/users/ada/server/progress") == [
+        {"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."}]
+    assert ada("GET", "/users/ada/server/progress").text.endswith("\n\nretry: 1000\n\n")
+
+
+def test_a_server_that_was_stopped_makes_no_progress(ada):
+    ada("POST", "/users/ada/server", status=201)
+    ada("DELETE", "/users/ada/server", status=204)
+    assert ada("GET", "/users/ada/server/progress", status=400).json == error(400, "ada is not starting...")
+
+
+def last_seen(api):
+    """When ada and her servers were last active."""
+    model = api("GET", "/users/ada").json
+    return {"user": model["last_activity"], **{name: found["last_activity"] for name, found in model["servers"].items()}}
+
+
+def test_a_server_reports_activity(hub, root, spawner):
+    with hub.connected():
+        running(hub), running(hub, server_name="gpu")
+    its_own = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"])
+    soon = [minihub.isoformat(minihub.now() + timedelta(minutes=minutes)) for minutes in (10, 20, 30)]
+    body = {"last_activity": soon[2], "servers": {"": {"last_activity": soon[0]}, "gpu": {"last_activity": soon[1]}}}
+    response = its_own("POST", "/users/ada/activity", body)
+    assert (response.body, response.content_type) == (b"", "application/json")
+    assert last_seen(root) == {"user": soon[2], "": soon[0], "gpu": soon[1]}
+
+
+def test_activity_only_moves_forward(hub, root, ada):
+    with hub.connected():
+        running(hub)
+        hub.note_visit(hub.find_user("ada"))
+    root("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}}})
+    before = last_seen(root)
+    root("POST", "/users/ada/activity", {"last_activity": "2020-01-01", "servers": {"": {"last_activity": "2020-01-01T00:00:00Z"}}})
+    assert last_seen(root) == before
+
+
+@pytest.mark.parametrize(("text", "seen"), [
+    ("2020-01-01", "2020-01-01T00:00:00Z"), ("2020-01-01T12:00:00", "2020-01-01T12:00:00Z"),
+    ("2020-01-01T12:00:00.25+02:00", "2020-01-01T10:00:00.250000Z")])
+def test_activity_without_a_zone_is_utc(root, text, seen):
+    root("POST", "/users/ada/activity", {"last_activity": text})
+    assert root("GET", "/users/ada").json["last_activity"] == seen
+
+
+def test_a_server_that_never_ran_can_report_activity(ada):
+    ada("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}}})
+
+
+def test_clocks_may_differ_by_almost_an_hour(ada, pass_time):
+    at = minihub.isoformat(minihub.now() + timedelta(minutes=59, seconds=30))
+    assert ada("POST", "/users/ada/activity", {"last_activity": at}, status=400).json == error(
+        400, f"Rejecting activity from more than an hour in the future: {at}")
+    pass_time(60)
+    ada("POST", "/users/ada/activity", {"last_activity": at})
+
+
+@pytest.mark.parametrize("who", ["bob", "a server"])
+def test_whose_a_token_is_can_be_asked_with_any_token(hub, spawner, who):
+    with hub.connected():
+        running(hub, "bob")
+    asking = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"]) if who == "a server" else api_of(hub, who)
+    token = token_for(hub, "ada")
+    model = asking("GET", f"/authorizations/token/{token}").json
+    assert model == {**user("ada"), "scopes": Api(hub, token)("GET", "/user").json["scopes"], "session_id": None,
+                     "token_id": Like("a[0-9]+")}
+    assert asking("GET", f"/authorizations/token/{oauth_token(hub, 'ada')}").json["name"] == "ada"
+    assert activity(hub, "ada")[0] is not None
+
+
+def test_whose_a_token_is_cannot_be_asked_by_cookie(hub, browser):
+    browser.api("GET", f"/authorizations/token/{token_for(hub, 'ada')}", status=403, Referer=OWN_PAGE)
+
+
+@pytest.mark.parametrize(("who", "body", "name"), [
+    ("ada", None, "ada"), ("ada", {}, "ada"), ("ada", {"username": "ADA"}, "ada"), ("root", {"username": "Ada"}, "ada"),
+    ("root", None, "root"),
+    (None, {"username": "Ada", "password": password_of("ada")}, "ada")])
+def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
+    response = api_of(hub, who)("POST", "/authorizations/token", body)
+    last_activity = response.json["user"]["last_activity"]
+    assert response.json == {"token": SECRET, "user": user(name, admin=name == "root", last_activity=last_activity),
+                             "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
+    assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
+    cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
+    assert cookies == ([] if who else ["jupyterhub-hub-login", "jupyterhub-session-id"])
+
+
+def test_the_old_way_makes_a_user_of_whom_the_authenticator_vouches_for(make_hub):
+    hub = people(make_hub(authenticator="dummy", password="class secret"))
+    response = Api(hub)("POST", "/authorizations/token", {"username": "Eve", "password": "class secret"})
+    assert response.json["user"]["name"] == "eve"
+
+
+@pytest.mark.parametrize("by_body", [False, True])
+def test_whose_a_cookie_is_can_be_asked_with_any_token(browser, bob, by_body):
+    value = browser.app.cookies["jupyterhub-hub-login"]
+    path = "/authorizations/cookie/jupyterhub-hub-login"
+    response = bob("GET", path, raw=value.encode()) if by_body else bob("GET", f"{path}/{quote(value, safe='')}")
+    assert (response.json["name"], response.json["kind"]) == ("ada", "user")
+
+
+def test_whose_a_cookie_is_depends_on_its_name(browser, bob):
+    value = quote(browser.app.cookies["jupyterhub-hub-login"], safe="")
+    assert bob("GET", f"/authorizations/cookie/jupyterhub-services/{value}", status=404).json == error(
+        404, "No such cookie, or it has expired")
+
+
 ########################################################################################################
 # 11. OAuth2 provider
 ########################################################################################################
@@ -4785,356 +5137,613 @@ def test_there_is_one_first_admin_only(first_link):
         assert hub.get_user("eve") is None
 
 
-@pytest.mark.parametrize(("path", "body"), [
-    ("/users/ada/tokens", lambda password: {"auth": {"username": "ada", "password": password}}),
-    ("/authorizations/token", lambda password: {"username": "ada", "password": password})])
-def test_passwords_cannot_be_tried_without_end(nobody, pass_time, path, body):
-    for _ in range(5):
-        nobody("POST", path, body("wrong"), status=403)
-    response = nobody("POST", path, body(password_of("ada")), status=429)
-    assert response.json == error(429, Like(r"Too many failed sign-ins\. Try again in (299|300) seconds"))
-    assert response.headers["Retry-After"] in ("299", "300")
-    pass_time(301)
-    nobody("POST", path, body(password_of("ada")), status="2*")
-
-
-def test_a_token_is_revoked(hub, ada):
-    made = ada("POST", "/users/ada/tokens", status=201).json
-    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=204).body == b""
-    Api(hub, made["token"])("GET", "/user", status=403)
-    assert ada("DELETE", f"/users/ada/tokens/{made['id']}", status=404).json == error(
-        404, f"No such token {made['id']} for user ada")
-
-
-def test_a_token_can_revoke_itself(ada):
-    own = ada("GET", "/user").json["token_id"]
-    ada("DELETE", f"/users/ada/tokens/{own}", status=204)
-    ada("GET", "/user", status=403)
-
-
-@pytest.mark.parametrize("who", ["bob", "root"])
-def test_a_token_belongs_to_its_user(hub, ada, who):
-    token = ada("GET", "/user").json["token_id"]
-    path = f"/users/{who}/tokens/{token}"
-    assert api_of(hub, who)("DELETE", path, status=404).json == error(404, f"No such token {token} for user {who}")
-    assert ada("GET", f"/users/ada/tokens/{token}").json["id"] == token
-
-
-def test_an_expired_token_is_no_token(hub, ada, pass_time):
-    made = ada("POST", "/users/ada/tokens", {"expires_in": 60}, status=201).json
-    ada("GET", f"/users/ada/tokens/{made['id']}")
-    pass_time(61)
-    ada("GET", f"/users/ada/tokens/{made['id']}", status=404)
-    ada("GET", f"/authorizations/token/{made['token']}", status=404)
-
-
-def test_revoking_an_oauth_token_revokes_all_for_that_server(hub, root, ada):
-    adas, more, roots = oauth_token(hub, "ada"), oauth_token(hub, "ada"), oauth_token(hub, "root", owner="ada")
-    other = oauth_token(hub, "ada", owner="bob")
-    ada("DELETE", f"/users/ada/tokens/{Api(hub, adas)('GET', '/user').json['token_id']}", status=204)
-    statuses = [Api(hub, token)("GET", "/user", status="*").status_int for token in (adas, more, roots, other)]
-    assert statuses == [403, 403, 200, 200]
-
-
-def patient(hub, name="ada"):
-    """The API on a host with threads, where a request may wait."""
-    return Api(lambda environ, start_response: hub({**environ, "wsgi.multithread": True}, start_response), token_for(hub, name))
-
-
-def test_a_server_is_started_and_stopped(ada, spawner):
-    started = ada("POST", "/users/ada/server", {"cpu": 2}, status=201)
-    assert (started.body, started.content_type, spawner.launches[0].user_options) == (b"", "text/plain", {"cpu": 2})
-    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is already running")
-    assert ada("DELETE", "/users/ada/server", status=204).body == b""
-    ada("DELETE", "/users/ada/server", status=204)
-    assert ada("GET", "/users/ada").json["servers"] == {}
-
-
-def test_an_admin_starts_and_stops_the_servers_of_others(root, spawner):
-    root("POST", "/users/Ada/server", status=201)
-    root("DELETE", "/users/Ada/server", status=204)
-    assert [launch.user.name for launch in spawner.launches] == ["ada"]
-
-
-def test_a_start_that_takes_long_goes_on(ada, spawner):
-    spawner.answers = False
-    response = ada("POST", "/users/ada/server", status=202)
-    assert (response.body, response.content_type) == (b"", "text/plain")
-    ada("POST", "/users/ada/server", status=202)
-    assert (len(spawner.launches), ada("GET", "/users/ada").json["pending"]) == (1, "spawn")
-    assert ada("DELETE", "/users/ada/server", status=400).json == error(400, "ada is pending spawn, please wait")
-
-
-def test_a_host_with_threads_waits_for_a_start(hub, monkeypatch):
-    answers = iter([False, False, True])
-    monkeypatch.setattr(minihub, "answers_http", lambda target, prefix: next(answers))
-    patient(hub)("POST", "/users/ada/server", status=201)
-
-
-def test_a_host_with_threads_does_not_wait_for_ever(make_hub, spawner):
-    spawner.answers = False
-    hub = people(make_hub(slow_spawn_timeout=0.06))
-    patient(hub)("POST", "/users/ada/server", status=202)
-
-
-def test_a_host_with_threads_says_why_a_start_failed(hub, spawner, monkeypatch):
-    exits, spawner.answers = iter([None, None, 7]), False
-    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 7))
-    assert patient(hub)("POST", "/users/ada/server", status=500).json == error(
-        500, "ada's server failed to start. The server ended while it started [status=7]" + LOG_TAIL)
-
-
-@pytest.mark.parametrize(("spoil", "why"), [
-    ({"exits_at_once": 1}, "The server ended while it started [status=1]" + LOG_TAIL), ({"problem": OSError("disk full")}, "OSError: disk full")])
-def test_a_start_that_fails_at_once_is_reported_at_once(ada, spawner, spoil, why):
-    vars(spawner).update(spoil)
-    assert ada("POST", "/users/ada/server", status=500).json == error(500, f"ada's server failed to start. {why}")
-    assert events(ada, "/users/ada/server/progress") == [{"progress": 100, "failed": True, "message": f"Spawn failed: {why}"}]
-
-
-def test_many_requests_start_one_server(hub, spawner):
-    spawner.answers, token = False, token_for(hub, "ada")
-
-    def start(number):
-        status = Api(hub, token)("POST", "/users/ada/server", status="*").status_int
-        hub.disconnect()
-        return status
-
-    assert in_threads(8, start) == [202] * 8
-    assert len(spawner.launches) == 1
-
-
-def test_a_server_that_has_died_is_started_again(ada, spawner):
-    ada("POST", "/users/ada/server", status=201)
-    ada("GET", "/users/ada")
-    spawner.end_all()
-    ada("POST", "/users/ada/server", status=201)
-    assert len(spawner.launches) == 2
-
-
-def test_a_stop_that_takes_long_goes_on(ada, spawner):
-    ada("POST", "/users/ada/server", status=201)
-    spawner.stubborn = True
-    response = ada("DELETE", "/users/ada/server", status=202)
-    assert (response.body, response.content_type) == (b"", "text/plain")
-    ada("DELETE", "/users/ada/server", status=202)
-    assert ada("GET", "/users/ada").json["pending"] == "stop"
-    assert ada("POST", "/users/ada/server", status=400).json == error(400, "ada is pending stop")
-    spawner.end_all()
-    ada("DELETE", "/users/ada/server", status=204)
-    assert ada("GET", "/users/ada").json["pending"] is None
-
-
-def test_a_host_with_threads_waits_for_a_stop(hub, spawner, monkeypatch):
-    patient(hub)("POST", "/users/ada/server", status=201)
-    exits, spawner.stubborn = iter([None, None, None]), True
-    monkeypatch.setattr(spawner, "poll", lambda state: next(exits, 0))
-    patient(hub)("DELETE", "/users/ada/server", status=204)
-
-
-@pytest.mark.parametrize(("first", "then", "seen"), [
-    ({"cpu": 2}, None, {"cpu": 2}), ({"cpu": 2}, {}, {}), (None, None, None), ({"é": "\0"}, None, {"é": "\0"})])
-def test_options_are_kept_until_others_are_given(ada, spawner, first, then, seen):
-    ada("POST", "/users/ada/server", first, status=201)
-    ada("DELETE", "/users/ada/server", status=204)
-    ada("POST", "/users/ada/server", then, status=201)
-    assert spawner.launches[1].user_options == seen
-    assert ada("GET", "/users/ada").json["servers"][""]["user_options"] == (seen or {})
-
-
 @pytest.mark.parametrize("options", [[], "cpu", 2, True])
 def test_options_are_an_object(ada, options):
     assert ada("POST", "/users/ada/server", options, status=400).json == error(400, "The options of a start must be a JSON object")
+@pytest.mark.parametrize("name, message", [("a/b", "Invalid username: a/b"), ("", "Invalid username: ")])
+def test_a_first_admin_without_a_proper_name_is_asked_again(first_link, name, message):
+    hub, link = first_link
+    response = submit_password(pages_of(hub), link, username=name, status=400)
+    assert alert_of(response) == [message.strip()] or alert_of(response) == [message]
+    assert response.form["username"].value == name
+    with hub.connected():
+        assert not hub.has_admin() and not hub.list_users()
+
+AUTHORIZE = "/hub/api/oauth2/authorize?client_id=jupyterhub-user-bob&response_type=code"
+FORMS = [("/hub/spawn/ada", {}), ("/hub/stop/bob", {}), ("/hub/delete/bob/project", {}), ("/hub/token", {"note": "x"}),
+         ("/hub/token", {"revoke": "a1"}), ("/hub/admin", {"names": "eve"}), (AUTHORIZE, {})]
 
 
-def test_only_so_many_servers_start_at_once(make_hub, spawner):
-    spawner.answers = False
-    hub = people(make_hub(concurrent_spawn_limit=1))
-    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
-    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
-    assert response.json == error(429, "Too many servers are starting just now. Try again in a moment")
-    assert response.headers["Retry-After"] == "10"
-    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
-
-
-def test_only_so_many_servers_run(make_hub):
-    hub = people(make_hub(active_server_limit=1))
-    api_of(hub, "ada")("POST", "/users/ada/server", status=201)
-    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
-    assert response.json == error(429, "The hub runs 1 servers already, which is its limit. Stop one first")
-    assert "Retry-After" not in response.headers
-    api_of(hub, "ada")("DELETE", "/users/ada/server", status=204)
+@pytest.fixture
+def class_at_work(hub, root):
+    """A hub where bob's server runs and he has another; the first token, a1, is root's."""
     api_of(hub, "bob")("POST", "/users/bob/server", status=201)
+    root("GET", "/users/bob")
+    with hub.connected():
+        hub.find_or_create_server(hub.find_user("bob"), "project")
+    return hub
 
 
-def test_a_named_server_is_started_stopped_and_removed(ada, spawner):
-    ada("POST", "/users/ada/servers/gpu", {"gpu": 1}, status=201)
-    assert ada("GET", "/users/ada").json["servers"] == {"gpu": server("gpu", user_options={"gpu": 1})}
-    ada("DELETE", "/users/ada/servers/gpu", status=204)
-    ada("DELETE", "/users/ada/servers/gpu", status=204)
-    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=204)
-    assert ada("DELETE", "/users/ada/servers/gpu", status=404).json == error(404, "ada has no server named 'gpu'")
+def facts_of(hub):
+    """Everything that the forms can change."""
+    with hub.connected():
+        return [[tuple(row.values()) for row in model.select(*columns).order_by(model.id).dicts()] for model, columns in (
+            (minihub.User, [minihub.User.name, minihub.User.admin, minihub.User.password, minihub.User.session_key]),
+            (minihub.Server, [minihub.Server.name, minihub.Server.status, minihub.Server.launch]),
+            (minihub.Token, [minihub.Token.hashed]), (minihub.OAuthCode, [minihub.OAuthCode.hashed]))]
 
 
-def test_a_running_named_server_is_stopped_before_it_is_removed(ada, spawner):
-    ada("POST", "/users/ada/servers/gpu", status=201)
-    spawner.stubborn = True
-    ada("DELETE", "/users/ada/servers/gpu", {"remove": True}, status=202)
-    spawner.end_all()
-    ada("DELETE", "/users/ada/servers/gpu", status=204)
-    ada("DELETE", "/users/ada/servers/gpu", status=404)
+@pytest.mark.parametrize("path, fields", FORMS)
+def test_a_form_of_the_hubs_own_pages_does_what_it_says(class_at_work, path, fields):
+    pages = pages_of(class_at_work, "root")
+    before = facts_of(class_at_work)
+    pages.post(path, {"_xsrf": xsrf_of(pages), **fields}, status=(200, 302, 303))
+    assert facts_of(class_at_work) != before
 
 
-def test_an_empty_name_means_the_default_server(ada):
-    ada("POST", "/users/ada/servers/", status=201)
-    assert list(ada("GET", "/users/ada").json["servers"]) == [""]
-    ada("DELETE", "/users/ada/servers/", status=204)
+@pytest.mark.parametrize("path, fields", [*FORMS, ("/hub/admin/link/ada", {})])
+@pytest.mark.parametrize("forge", [lambda hub, pages: {}, lambda hub, pages: {"_xsrf": "0" * 64}, lambda hub, pages: {"_xsrf": "é"},
+                                   lambda hub, pages: {"_xsrf": xsrf_of(pages_of(hub, "ada"))}],
+                         ids=["none", "wrong", "no ascii", "another user's"])
+def test_a_form_of_another_site_changes_nothing(class_at_work, forge, path, fields):
+    pages = pages_of(class_at_work, "root")
+    fields, before = {**fields, **forge(class_at_work, pages)}, facts_of(class_at_work)
+    response = pages.post(path, fields, status=403)
+    assert "Go back, reload it and try again" in alert_of(response)[0]
+    assert facts_of(class_at_work) == before
 
 
-def test_a_user_has_only_so_many_named_servers(make_hub):
-    hub = people(make_hub(named_server_limit=1))
-    ada = api_of(hub, "ada")
-    ada("POST", "/users/ada/servers/one", status=201)
-    ada("DELETE", "/users/ada/servers/one", status=204)
-    assert ada("POST", "/users/ada/servers/two", status=400).json == error(
-        400, "User ada already has the maximum of 1 named servers.  One must be deleted before a new server can be created")
-    ada("POST", "/users/ada/servers/one", status=201)
-    ada("POST", "/users/ada/server", status=201)
-    api_of(hub, "bob")("POST", "/users/bob/servers/two", status=201)
+def test_a_forms_token_ends_with_the_session(hub):
+    pages = pages_of(hub, "ada")
+    token = xsrf_of(pages)
+    pages.get("/hub/logout")
+    sign_in_at(pages, "ada")
+    pages.post("/hub/spawn/ada", {"_xsrf": token}, status=403)
 
-
-@pytest.mark.parametrize("method", ["POST", "DELETE"])
-def test_a_hub_can_do_without_named_servers(make_hub, method):
+@pytest.mark.parametrize("status, words, buttons", [
+    ("stopped", "not running", ["Start"]), ("spawning", "starting", ["Watch", "Stop"]),
+    ("ready", "running", ["Open", "Stop"]), ("stopping", "stopping", [])])
+def test_home_offers_what_can_be_done_to_a_server(make_hub, spawner, status, words, buttons):
     hub = people(make_hub(named_servers=False))
-    assert api_of(hub, "ada")(method, "/users/ada/servers/gpu", status=400).json == error(400, "Named servers are not enabled.")
-    api_of(hub, "ada")("POST", "/users/ada/servers/", status=201)
+    pages, spawner.answers, spawner.stubborn = pages_of(hub, "ada"), status != "spawning", True
+    if status != "stopped":
+        pages.get("/hub/home").form.submit(status=303)
+    if status == "stopping":
+        pages.get("/hub/home").form.submit(status=303)
+    response = pages.get("/hub/home", status=200)
+    assert response.html.select_one(".state").text == words
+    assert buttons_of(response) == buttons
+    assert server_row(hub, "ada").status == status
 
 
-def events(api, path):
-    """The events of a progress stream, of which webtest sees what is known at once."""
-    response = api("GET", path)
-    assert (response.content_type, response.headers["Cache-Control"]) == ("text/event-stream", "no-cache")
-    return [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: ")]
+def test_home_looks_again_while_a_server_is_stopping(hub, spawner):
+    pages, spawner.stubborn = pages_of(hub, "ada"), True
+    pages.post("/hub/spawn/ada", {"_xsrf": xsrf_of(pages)}, status=303).follow()
+    assert "Refresh" not in pages.get("/hub/home").headers
+    pages.post("/hub/stop/ada", {"_xsrf": xsrf_of(pages)}, status=303)
+    assert pages.get("/hub/home").headers["Refresh"] == "2"
 
 
-@pytest.mark.parametrize(("place", "url"), [("server", "/user/ada/"), ("servers/gpu", "/user/ada/gpu/")])
-def test_the_progress_of_a_server_that_runs_is_complete(ada, place, url):
-    ada("POST", f"/users/ada/{place}", status=201)
-    assert events(ada, f"/users/ada/{place}/progress") == [{
-        "progress": 100, "ready": True, "message": f"Server ready at {url}",
-        "html_message": f'Server ready at <a href="{url}">{url}</a>', "url": url}]
-
-
-def test_the_progress_of_a_server_that_starts_is_asked_for_again(ada, spawner):
-    spawner.answers = False
-    ada("POST", "/users/ada/server", status=202)
-    assert events(ada, "/users/ada/server/progress") == [
-        {"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."}]
-    assert ada("GET", "/users/ada/server/progress").text.endswith("\n\nretry: 1000\n\n")
-
-
-def test_a_server_that_was_stopped_makes_no_progress(ada):
-    ada("POST", "/users/ada/server", status=201)
-    ada("DELETE", "/users/ada/server", status=204)
-    assert ada("GET", "/users/ada/server/progress", status=400).json == error(400, "ada is not starting...")
-
-
-def last_seen(api):
-    """When ada and her servers were last active."""
-    model = api("GET", "/users/ada").json
-    return {"user": model["last_activity"], **{name: found["last_activity"] for name, found in model["servers"].items()}}
-
-
-def test_a_server_reports_activity(hub, root, spawner):
+def test_start_leads_through_the_waiting_page_into_the_server(hub, spawner):
+    pages, spawner.answers = pages_of(hub, "ada"), False
+    pending = pages.get("/hub/spawn/ada").form.submit(status=303)
+    assert pending.headers["Location"] == "/hub/spawn-pending/ada"
+    waiting = pending.follow(status=200)
+    assert waiting.html.h1.text == "Your server is starting"
+    assert waiting.html.select_one("#progress")["data-events"] == "/hub/api/users/ada/server/progress"
+    assert waiting.html.noscript.meta["http-equiv"] == "refresh"
+    spawner.answers = True
     with hub.connected():
-        running(hub), running(hub, server_name="gpu")
-    its_own = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"])
-    soon = [minihub.isoformat(minihub.now() + timedelta(minutes=minutes)) for minutes in (10, 20, 30)]
-    body = {"last_activity": soon[2], "servers": {"": {"last_activity": soon[0]}, "gpu": {"last_activity": soon[1]}}}
-    response = its_own("POST", "/users/ada/activity", body)
-    assert (response.body, response.content_type) == (b"", "application/json")
-    assert last_seen(root) == {"user": soon[2], "": soon[0], "gpu": soon[1]}
+        minihub.Server.update(target=f"{spawner.address}/here").where(minihub.Server.status == "spawning").execute()
+    assert pending.follow(status=302).headers["Location"] == "/user/ada/"
 
 
-def test_activity_only_moves_forward(hub, root, ada):
+def test_a_waiting_page_can_give_up(hub, spawner):
+    pages, spawner.answers = pages_of(hub, "ada"), False
+    waiting = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
+    stopped = waiting.form.submit(status=303)
+    assert stopped.headers["Location"] == "/hub/home"
+    assert buttons_of(stopped.follow(status=200))[0] == "Start"
+    assert server_row(hub, "ada").status == "stopped"
+
+
+def test_following_a_link_starts_nothing(hub):
+    response = pages_of(hub, "ada").get("/hub/spawn", status=200)
+    assert buttons_of(response) == ["Start"]
+    assert server_row(hub, "ada").status == "stopped"
+
+
+@pytest.mark.parametrize("answers, location", [(True, "/user/ada/"), (False, "/hub/spawn-pending/ada")])
+def test_the_start_page_of_a_started_server_leads_on(hub, spawner, answers, location):
+    pages, spawner.answers = pages_of(hub, "ada"), answers
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    assert pages.get("/hub/spawn", status=302).headers["Location"] == location
+
+
+def test_a_failed_start_shows_the_last_lines_of_its_log(hub, spawner):
+    pages, spawner.exits_at_once = pages_of(hub, "ada"), 3
+    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
+    assert response.html.h1.text == "Your server has failed"
+    assert alert_of(response)[0].startswith("The server ended while it started [status=3]")
+    assert response.html.pre.text == "Traceback\nImportError: no module named antigravity"
+    assert buttons_of(response) == ["Start"]
+    assert pages.get("/hub/home").html.pre.text == response.html.pre.text
+
+
+def test_the_page_tells_which_of_several_servers_has_failed(hub, spawner):
+    pages, spawner.exits_at_once = pages_of(hub, "ada"), 3
+    start_named(pages, "project").follow()
+    assert alert_of(pages.get("/hub/home"))[0].startswith("project: The server ended while it started [status=3]")
+
+
+def test_the_log_on_the_page_cannot_be_html(hub, spawner, monkeypatch):
+    monkeypatch.setattr(spawner, "log_tail", lambda state: "<script>alert(1)</script>")
+    pages, spawner.exits_at_once = pages_of(hub, "ada"), 1
+    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
+    assert response.html.pre.text == "<script>alert(1)</script>"
+    assert response.html.script is None
+
+
+def test_a_spawner_that_fails_says_so_on_the_page(hub, spawner):
+    pages, spawner.problem = pages_of(hub, "ada"), RuntimeError("no more room")
+    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
+    assert alert_of(response) == ["RuntimeError: no more room"]
+
+
+def test_a_waiting_page_without_a_start_says_so(hub):
+    response = pages_of(hub, "ada").get("/hub/spawn-pending/ada", status=200)
+    assert response.html.h1.text == "Your server is not running"
+    assert buttons_of(response) == ["Start"]
+
+
+def start_named(pages, name, status=303):
+    """The response to home's form for another server."""
+    form = next(form for form in pages.get("/hub/home").forms.values() if "server_name" in form.fields)
+    form["server_name"] = name
+    return form.submit(status=status)
+
+
+def test_another_server_is_started_by_name(hub):
+    pages = pages_of(hub, "ada")
+    response = start_named(pages, "project")
+    assert response.headers["Location"] == "/hub/spawn-pending/ada/project"
+    assert response.follow(status=302).headers["Location"] == "/user/ada/project/"
+    assert server_row(hub, "ada").status == "stopped"
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "lab", "é", "<b>", "x" * 64])
+def test_a_server_name_that_cannot_be_is_refused(hub, name):
+    assert alert_of(start_named(pages_of(hub, "ada"), name, status=400))[0].startswith("Invalid server_name")
+    assert server_row(hub, "ada", name) is None
+
+
+def test_the_limit_of_servers_is_explained(make_hub):
+    hub = people(make_hub(named_server_limit=1))
+    pages = pages_of(hub, "ada")
+    start_named(pages, "one")
+    assert "already has the maximum of 1 named servers" in alert_of(start_named(pages, "two", status=400))[0]
+
+
+def test_without_named_servers_there_is_no_form_for_them(make_hub):
+    hub = people(make_hub(named_servers=False))
+    pages = pages_of(hub, "ada")
+    assert "server_name" not in pages.get("/hub/home").text
+    response = pages.post("/hub/spawn/ada", {"_xsrf": xsrf_of(pages), "server_name": "two"}, status=400)
+    assert alert_of(response) == ["Named servers are not enabled."]
+
+
+def test_a_named_server_can_be_deleted_when_it_is_stopped(hub):
+    pages = pages_of(hub, "ada")
+    start_named(pages, "project").follow()
+    pages.post("/hub/stop/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
+    assert "Delete" in buttons_of(pages.get("/hub/home"))
+    pages.post("/hub/delete/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
+    assert server_row(hub, "ada", "project") is None
+
+
+def test_a_named_server_is_deleted_once_it_has_stopped(hub, spawner):
+    pages, spawner.stubborn = pages_of(hub, "ada"), True
+    start_named(pages, "project").follow()
+    pages.post("/hub/delete/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
+    assert server_row(hub, "ada", "project").status == "stopping"
+    spawner.end_all()
+    pages.get("/hub/home", status=200)
+    assert "project" not in pages.get("/hub/home", status=200).html.main.section.text
+
+
+def test_the_default_server_cannot_be_deleted(hub):
+    pages = pages_of(hub, "ada")
+    pages.post("/hub/delete/ada", {"_xsrf": xsrf_of(pages)}, status=404)
+    pages.post("/hub/delete/ada/", {"_xsrf": xsrf_of(pages)}, status=404)
+    assert server_row(hub, "ada")
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/hub/spawn/ada"), ("GET", "/hub/spawn/ada/new"), ("GET", "/hub/spawn-pending/ada"),
+                                          ("POST", "/hub/spawn/ada"), ("POST", "/hub/stop/ada"), ("POST", "/hub/delete/ada/x"),
+                                          ("GET", "/hub/spawn/nobody"), ("POST", "/hub/spawn/nobody")])
+def test_a_student_gets_to_no_page_of_another(hub, method, path):
+    pages = pages_of(hub, "bob")
+    response = pages.request(path, method=method, POST={"_xsrf": xsrf_of(pages)} if method == "POST" else None, status=403)
+    assert alert_of(response) == ["This page belongs to somebody else"]
+    assert server_row(hub, "ada").status == "stopped" and server_row(hub, "ada", "new") is None
+
+
+def test_an_admin_starts_and_stops_a_students_server(hub):
+    pages = pages_of(hub, "root")
+    response = pages.get("/hub/spawn/ada", status=200)
+    assert "ada" in response.html.h1.text
+    assert response.form.submit(status=303).follow(status=302).headers["Location"] == "/user/ada/"
+    stopped = pages.post("/hub/stop/ada", {"_xsrf": xsrf_of(pages)}, status=303)
+    assert stopped.headers["Location"] == "/hub/admin"
+    assert "/hub/stop/ada" not in stopped.follow(status=200).text
+    assert server_row(hub, "ada").status == "stopped"
+
+
+def test_an_admin_is_told_of_a_user_who_does_not_exist(hub):
+    assert alert_of(pages_of(hub, "root").get("/hub/spawn/eve", status=404)) == ["No such user: eve"]
+
+def test_the_address_of_a_stopped_server_offers_to_start_it(hub):
+    response = pages_of(hub, "ada").get("/user/ada/lab?x=1", status=302)
+    assert response.headers["Location"] == "/hub/user/ada/lab?x=1"
+    page = response.follow(status=503)
+    assert page.html.h1.text == "Your server is not running"
+    assert buttons_of(page) == ["Start"]
+    started = page.form.submit(status=303)
+    assert started.follow(status=302).headers["Location"] == "/user/ada/lab?x=1"
+
+
+def test_the_address_of_anothers_stopped_server_leads_to_ones_own(hub):
+    assert pages_of(hub, "bob").get("/hub/user/ada/lab", status=302).headers["Location"] == "/user/bob/lab"
+
+
+def test_the_address_of_a_stopped_server_lets_an_admin_start_it(hub):
+    response = pages_of(hub, "root").get("/hub/user/ada/lab", status=503)
+    assert "ada" in response.html.h1.text
+    assert urlsplit(response.form.action).path == "/hub/spawn/ada"
+
+
+def test_the_address_of_a_server_that_runs_leads_back_to_it(hub):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    assert pages.get("/hub/user/ada/lab/a%20b?x=1", status=302).headers["Location"] == "/user/ada/lab/a%20b?x=1"
+
+
+@pytest.mark.parametrize("method, path, accept", [("GET", "/user/ada/api/contents", "*/*"), ("POST", "/user/ada/lab", "text/html"),
+                                                  ("GET", "/user/ada/lab", "application/json"), ("GET", "/user/eve/api", "*/*")])
+def test_programs_are_told_that_a_server_does_not_run(hub, method, path, accept):
+    response = pages_of(hub).request(path, method=method, headers={"Accept": accept}, status=503)
+    name = path.split("/")[2]
+    assert response.json == {"status": 503, "message": f"JupyterHub server no longer running at {path}. Restart the server at"
+                                                       f" /hub/spawn/{name}"}
+
+
+def test_a_link_for_everybody_leads_to_ones_own_server(hub):
+    response = pages_of(hub, "ada").get("/hub/user-redirect/lab/tree/a%20b.ipynb?x=1", status=302)
+    assert response.headers["Location"] == "/user/ada/lab/tree/a%20b.ipynb?x=1"
+
+def test_the_token_page_makes_a_token_that_works_and_shows_it_once(hub):
+    pages = pages_of(hub, "ada")
+    form = pages.get("/hub/token").form
+    form["note"] = "grading"
+    response = form.submit(status=200)
+    token = response.html.code.text
+    assert Api(hub, token)("GET", "/user").json["name"] == "ada"
+    page = pages.get("/hub/token")
+    assert "grading" in page.text and token not in page.text
+
+
+def test_the_token_page_revokes_a_token(hub):
+    pages, token = pages_of(hub, "ada"), token_for(hub, "ada")
+    response = pages.get("/hub/token").forms[1].submit("revoke", status=303)
+    assert response.headers["Location"] == "/hub/token"
+    Api(hub, token)("GET", "/user", status=403)
+
+
+def test_the_token_page_revokes_nobody_elses_token(hub, root):
+    pages = pages_of(hub, "ada")
+    pages.post("/hub/token", {"_xsrf": xsrf_of(pages), "revoke": "a1"}, status=404)
+    root("GET", "/user")
+
+
+def test_the_token_a_server_runs_with_is_not_on_the_page(hub):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    assert buttons_of(pages.get("/hub/token")) == ["Make a token"]
+
+def add_people(pages, names, status=200):
+    """The response to the form of the People page."""
+    form = form_to(pages.get("/hub/admin"), "/hub/admin")
+    form["names"] = names
+    return form.submit(status=status)
+
+
+def test_people_are_added_and_each_gets_a_link(hub):
+    response = add_people(pages_of(hub, "root"), "Carla\n\n  Dan \nADA\n")
+    rows = response.html.select("[role=status] .row")
+    assert "Here already: ada" in response.html.select_one("[role=status]").text
+    assert [row.b.text for row in rows] == ["carla", "dan"]
+    submit_password(pages_of(hub), urlsplit(rows[0].code.text).path)
+    assert sign_in_at(pages_of(hub), "carla", "a new password").headers["Location"] == "/hub/home"
+
+
+@pytest.mark.parametrize("settings, site", [({}, "http://class.example:8080"),
+                                            ({"public_url": "https://hub.example"}, "https://hub.example")])
+def test_links_on_the_people_page_lead_to_where_the_teachers_browser_is(make_hub, settings, site):
+    pages = pages_of(people(make_hub(**settings)), "root", HTTP_HOST="class.example:8080")
+    assert add_people(pages, "carla").html.code.text.startswith(f"{site}/hub/link/")
+
+
+@pytest.mark.parametrize("names, status, message", [
+    ("carla\na/b\n..\n", 400, "Invalid usernames: a/b, .."), ("ada\nBOB", 409, "All 2 users already exist"),
+    (" \n", 400, "Write at least one name")])
+def test_people_who_cannot_be_added_stay_in_the_form(hub, names, status, message):
+    response = add_people(pages_of(hub, "root"), names, status)
+    assert alert_of(response) == [message]
+    assert form_to(response, "/hub/admin")["names"].value.split() == names.split()
     with hub.connected():
-        running(hub)
-        hub.note_visit(hub.find_user("ada"))
-    root("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}}})
-    before = last_seen(root)
-    root("POST", "/users/ada/activity", {"last_activity": "2020-01-01", "servers": {"": {"last_activity": "2020-01-01T00:00:00Z"}}})
-    assert last_seen(root) == before
+        assert [user.name for user in hub.list_users()] == ["root", "ada", "bob"]
 
 
-@pytest.mark.parametrize(("text", "seen"), [
-    ("2020-01-01", "2020-01-01T00:00:00Z"), ("2020-01-01T12:00:00", "2020-01-01T12:00:00Z"),
-    ("2020-01-01T12:00:00.25+02:00", "2020-01-01T10:00:00.250000Z")])
-def test_activity_without_a_zone_is_utc(root, text, seen):
-    root("POST", "/users/ada/activity", {"last_activity": text})
-    assert root("GET", "/users/ada").json["last_activity"] == seen
+def test_a_lost_password_is_replaced_through_a_new_link(hub):
+    pages = pages_of(hub, "root")
+    response = form_to(pages.get("/hub/admin"), "/hub/admin/link/ada").submit(status=200)
+    submit_password(pages_of(hub), urlsplit(response.html.code.text).path)
+    assert sign_in_at(pages_of(hub), "ada", "a new password").headers["Location"] == "/hub/home"
 
 
-def test_a_server_that_never_ran_can_report_activity(ada):
-    ada("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01"}}})
+def test_the_people_page_shows_the_servers_that_run(hub):
+    pages_of(hub, "ada").get("/hub/spawn/ada").form.submit(status=303).follow()
+    pages = pages_of(hub, "root")
+    assert [form.action for form in pages.get("/hub/admin").forms.values()] == [
+        "/hub/admin", "/hub/admin/link/root", "/hub/admin/link/ada", "/hub/stop/ada", "/hub/admin/link/bob"]
 
 
-def test_clocks_may_differ_by_almost_an_hour(ada, pass_time):
-    at = minihub.isoformat(minihub.now() + timedelta(minutes=59, seconds=30))
-    assert ada("POST", "/users/ada/activity", {"last_activity": at}, status=400).json == error(
-        400, f"Rejecting activity from more than an hour in the future: {at}")
-    pass_time(60)
-    ada("POST", "/users/ada/activity", {"last_activity": at})
-
-
-@pytest.mark.parametrize("who", ["bob", "a server"])
-def test_whose_a_token_is_can_be_asked_with_any_token(hub, spawner, who):
+@pytest.mark.parametrize("method, path", [("GET", "/hub/admin"), ("POST", "/hub/admin"), ("POST", "/hub/admin/link/root"),
+                                          ("POST", "/hub/admin/link/ada")])
+def test_the_people_page_is_for_admins(hub, method, path):
+    pages = pages_of(hub, "ada")
+    form = {"_xsrf": xsrf_of(pages), "names": "eve"} if method == "POST" else None
+    assert alert_of(pages.request(path, method=method, POST=form, status=403)) == ["This page is for admins"]
+    assert "/hub/admin" not in pages.get("/hub/home").text
     with hub.connected():
-        running(hub, "bob")
-    asking = Api(hub, spawner.launches[0].variables["JUPYTERHUB_API_TOKEN"]) if who == "a server" else api_of(hub, who)
-    token = token_for(hub, "ada")
-    model = asking("GET", f"/authorizations/token/{token}").json
-    assert model == {**user("ada"), "scopes": Api(hub, token)("GET", "/user").json["scopes"], "session_id": None,
-                     "token_id": Like("a[0-9]+")}
-    assert asking("GET", f"/authorizations/token/{oauth_token(hub, 'ada')}").json["name"] == "ada"
-    assert activity(hub, "ada")[0] is not None
+        assert hub.get_user("eve") is None
+
+@pytest.mark.parametrize("path, status, location", [("/", 302, "/hub/"), ("/hub", 301, "/hub/"), ("/hub/", 302, "/hub/login")])
+def test_the_root_leads_to_the_hub(hub, path, status, location):
+    assert pages_of(hub).get(path, status=status).headers["Location"] == location
 
 
-def test_whose_a_token_is_cannot_be_asked_by_cookie(hub, browser):
-    browser.api("GET", f"/authorizations/token/{token_for(hub, 'ada')}", status=403, Referer=OWN_PAGE)
+def test_the_root_leads_home_who_is_signed_in(hub):
+    assert pages_of(hub, "ada").get("/hub/", status=302).headers["Location"] == "/hub/home"
 
 
-@pytest.mark.parametrize(("who", "body", "name"), [
-    ("ada", None, "ada"), ("ada", {}, "ada"), ("ada", {"username": "ADA"}, "ada"), ("root", {"username": "Ada"}, "ada"),
-    ("root", None, "root"),
-    (None, {"username": "Ada", "password": password_of("ada")}, "ada")])
-def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
-    response = api_of(hub, who)("POST", "/authorizations/token", body)
-    last_activity = response.json["user"]["last_activity"]
-    assert response.json == {"token": SECRET, "user": user(name, admin=name == "root", last_activity=last_activity),
-                             "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
-    assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
-    cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
-    assert cookies == ([] if who else ["jupyterhub-hub-login", "jupyterhub-session-id"])
+def test_health_is_an_empty_answer(hub):
+    assert pages_of(hub).get("/hub/health", status=200).text == ""
 
 
-def test_the_old_way_makes_a_user_of_whom_the_authenticator_vouches_for(make_hub):
-    hub = people(make_hub(authenticator="dummy", password="class secret"))
-    response = Api(hub)("POST", "/authorizations/token", {"username": "Eve", "password": "class secret"})
-    assert response.json["user"]["name"] == "eve"
+def test_health_fails_with_the_database(hub, monkeypatch):
+    monkeypatch.setattr(hub, "check_health", lambda: hub.database.execute_sql("SELECT 1 FROM nowhere"))
+    assert "database does not answer" in pages_of(hub).get("/hub/health", status=503).text
 
 
-@pytest.mark.parametrize("by_body", [False, True])
-def test_whose_a_cookie_is_can_be_asked_with_any_token(browser, bob, by_body):
-    value = browser.app.cookies["jupyterhub-hub-login"]
-    path = "/authorizations/cookie/jupyterhub-hub-login"
-    response = bob("GET", path, raw=value.encode()) if by_body else bob("GET", f"{path}/{quote(value, safe='')}")
-    assert (response.json["name"], response.json["kind"]) == ("ada", "user")
+def test_the_logo_is_a_picture(hub):
+    assert pages_of(hub).get("/hub/logo", status=200).content_type == "image/svg+xml"
 
 
-def test_whose_a_cookie_is_depends_on_its_name(browser, bob):
-    value = quote(browser.app.cookies["jupyterhub-hub-login"], safe="")
-    assert bob("GET", f"/authorizations/cookie/jupyterhub-services/{value}", status=404).json == error(
-        404, "No such cookie, or it has expired")
+def test_browsers_may_report_what_a_policy_has_blocked(hub):
+    pages_of(hub).post("/hub/security/csp-report", b"{}", content_type="application/csp-report", status=204)
+
+
+def test_a_page_that_does_not_exist_says_so_and_leads_home(hub):
+    response = pages_of(hub, "ada").get("/hub/nowhere", status=404)
+    assert alert_of(response) == ["There is no page at this address"]
+    assert response.html.main.a["href"] == "/hub/home"
+
+
+def test_a_failing_page_shows_nothing_of_what_is_inside(hub, monkeypatch):
+    def fail(user):
+        raise RuntimeError("a secret")
+
+    pages = pages_of(hub, "ada")
+    monkeypatch.setattr(hub, "servers_of", fail)
+    response = pages.get("/hub/home", status=500)
+    assert alert_of(response) == ["Internal Server Error"] and "a secret" not in response.text
+
+
+ALL_PAGES = ["/hub/login", "/hub/home", "/hub/spawn/ada", "/hub/spawn-pending/ada", "/hub/spawn-pending/bob", "/hub/token", "/hub/admin",
+             "/hub/user/ada/lab", "/hub/nowhere", AUTHORIZE, "link"]
+
+
+@pytest.fixture(params=ALL_PAGES)
+def any_page(request, class_at_work, spawner):
+    """Each of the pages as the admin sees it, of a hub mounted at /lab."""
+    hub, spawner.answers = class_at_work, False
+    pages = pages_of(hub, SCRIPT_NAME="/lab")
+    path = link_of(hub, "ada") if request.param == "link" else request.param
+    if path.startswith("/hub/link") or path.endswith("/login"):
+        return pages.get(f"/lab{path}", status=200)
+    sign_in_at(pages, "root", url="/lab/hub/login")
+    if path.endswith("pending/bob"):
+        api_of(hub, "root")("DELETE", "/users/bob/server", status=204)
+        pages.post("/lab/hub/spawn/bob", {"_xsrf": xsrf_of(pages, "/lab/hub/home")}, status=303)
+    return pages.get(f"/lab{path}", status="*")
+
+
+def test_every_field_has_a_label_and_every_button_a_word(any_page):
+    page = any_page.html
+    assert page.html["lang"] == "en" and page.title.text and len(page.find_all("h1")) == 1
+    for field in page.select("input:not([type=hidden]), textarea"):
+        assert field.get("aria-label") or field.find_parent("label").get_text(strip=True)
+    for button in page.select("button, a"):
+        assert button.get_text(strip=True) or button.get("aria-label")
+    identifiers = [element["id"] for element in page.select("[id]")]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_every_link_and_form_stays_below_the_mount_point(any_page):
+    places = [element[key] for key in ("href", "action", "src", "data-events", "data-next") for element in
+              any_page.html.select(f"[{key}]")]
+    assert places and not [place for place in places if not place.startswith("/lab/")]
+
+
+def test_no_page_runs_what_is_not_its_own_or_stays_in_a_cache(any_page):
+    nonce = re.search(r"style-src 'nonce-([\w-]+)'", any_page.headers["Content-Security-Policy"])[1]
+    assert any_page.headers["Content-Security-Policy"] == (
+        "default-src 'none'; img-src 'self'; connect-src 'self'; base-uri 'none';"
+        f" style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; frame-ancestors 'self'")
+    assert {element.get("nonce") for element in any_page.html.select("style, script")} == {nonce}
+    assert not re.search(r"<[^>]+\s(?:on\w+|style)=", any_page.text)
+    assert {name: any_page.headers[name] for name in ("Cache-Control", "Referrer-Policy", "X-Content-Type-Options")} == {
+        "Cache-Control": "no-store", "Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff"}
+
+
+def test_names_cannot_be_html(hub):
+    pages = pages_of(hub, "root")
+    add_people(pages, '<img src=x>"\'&')
+    page = pages.get("/hub/admin")
+    assert [b.text for b in page.html.select(".card .row b")][-1] == '<img src=x>"\'&'
+    assert page.html.img is None
+    assert pages.get(f"/hub/spawn/{quote('<img src=x>')}%22'&", status=200).html.img is None
+
+CHROMIUM_OPTIONS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+                    " --disable-component-update --disable-sync").split()
+PASSWORD = "correct horse"
+
+
+@pytest.fixture
+def chromium():
+    """Opens a page in a browser session of its own: `chromium(java_script_enabled=False)`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[test]'")
+    if not CHROMIUM:
+        pytest.skip("apt-get install chromium")
+    with playwright.sync_playwright() as driver, contextlib.closing(
+            driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)) as chrome:
+        def open_page(**options):
+            context = chrome.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+            context.set_default_timeout(60_000)
+            return context.new_page()
+
+        yield open_page
+
+
+def choose_password(page, link, **fields):
+    """Open a sign-in link and do what it asks for."""
+    page.goto(link)
+    for name, value in {**fields, "password": PASSWORD, "again": PASSWORD}.items():
+        page.fill(f"[name={name}]", value)
+    page.click("text=Save and sign in")
+    page.wait_for_url("**/hub/home")
+
+
+def first_admin(hub, page):
+    """Become the first admin, by the link that the hub has printed."""
+    link = wait_for(lambda: re.search(r"http://\S+/hub/link/\S+", hub.log.read_text()), message="no link was printed")[0]
+    choose_password(page, link, username="Teacher")
+    return page
+
+
+def students(hub, teacher, chromium, *names):
+    """A page each for new students, who have come by the links that the People page shows."""
+    teacher.goto(f"{hub.url}/hub/admin")
+    teacher.fill("[name=names]", "\n".join(names))
+    teacher.click("text=Add >> nth=-1")
+    pages = [chromium() for _ in names]
+    for page, link in zip(pages, teacher.locator("code").all_text_contents(), strict=True):
+        choose_password(page, link)
+    return pages
+
+
+def start_lab(page):
+    """From home into JupyterLab."""
+    page.click("button:has-text('Start') >> nth=0")
+    page.wait_for_url("**/user/*/lab**")
+    page.wait_for_selector(".jp-LauncherCard")
+
+
+def run_cell(page, code):
+    """What a new notebook's first cell prints."""
+    page.click(".jp-LauncherCard[data-category=Notebook] >> nth=0")
+    page.wait_for_selector("#jp-main-statusbar >> text=/Idle/")
+    page.click(".jp-Notebook .cm-content")
+    page.keyboard.type(code)
+    page.keyboard.press("Shift+Enter")
+    return page.wait_for_selector(".jp-OutputArea-output").inner_text().strip()
+
+
+def sign_in_page(page, name):
+    """Fill in the sign-in form."""
+    page.fill("[name=username]", name)
+    page.fill("[name=password]", PASSWORD)
+    page.click("main button")
+
+
+@needs_singleuser
+def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
+    hub = live()
+    teacher = first_admin(hub, chromium())
+    ada, bob = students(hub, teacher, chromium, "ada", "bob")
+    server = f"{hub.url}/user/ada/lab"
+
+    start_lab(ada)
+    assert run_cell(ada, "print(6*7)") == "42"
+
+    assert bob.goto(server).status == 403
+    assert bob.inner_text("[role=alert]") == "You may not open the server of ada"
+
+    teacher.goto(server)
+    assert teacher.inner_text("h1") == "Open this server?"
+    teacher.click("button:has-text('Open it')")
+    teacher.wait_for_selector(".jp-LabShell")
+
+    ada.goto(f"{hub.url}/hub/logout")
+    ada.goto(server)
+    assert ada.inner_text("h1") == "Sign in"
+    sign_in_page(ada, "ada")
+    ada.wait_for_selector(".jp-LabShell")
+
+    ada.goto(f"{hub.url}/hub/home")
+    ada.click("text=Stop")
+    ada.wait_for_selector("text=not running")
+    ada.click("text=Sign out ada")
+    ada.goto(server)
+    assert ada.inner_text("h1") == "Sign in"
+
+
+def class_with_one_password(live, folder, cmd):
+    """A hub that lets everybody in with one password, whose servers are that command."""
+    pytest.importorskip("tornado", reason="pip install '.[classroom]'")
+    (folder / "echo.py").write_text(ECHO_SERVER)
+    return live(authenticator="dummy", password=PASSWORD, cmd=cmd.format(python=sys.executable, echo=folder / "echo.py"))
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_pages_work_with_and_without_javascript(live, tmp_path, chromium, scripts):
+    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; exec {python} {echo}'")
+    page = chromium(java_script_enabled=scripts)
+    page.goto(f"{hub.url}/user/ada/echo")
+    sign_in_page(page, "ada")
+    assert page.inner_text("h1") == "Your server is not running"
+    page.click("text=Start")
+    assert page.inner_text("h1") == "Your server is starting"
+    page.wait_for_url("**/user/ada/echo")
+    assert json.loads(page.inner_text("body"))["uri"] == "/user/ada/echo"
+    page.goto(f"{hub.url}/hub/home")
+    assert page.get_attribute("text=Open", "href") == "/user/ada/"
+    page.click("text=Stop")
+    page.wait_for_selector("text=not running")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_failed_start_shows_its_log_in_the_browser(live, tmp_path, chromium, scripts):
+    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; echo No module named antigravity; exit 3'")
+    page = chromium(java_script_enabled=scripts)
+    page.goto(f"{hub.url}/hub/login")
+    sign_in_page(page, "ada")
+    page.click("text=Start >> nth=0")
+    assert page.inner_text("h1") == "Your server is starting"
+    page.wait_for_selector("pre")
+    assert page.inner_text("h1") == "Your server has failed"
+    assert page.inner_text("pre") == "No module named antigravity"
 
 
 ########################################################################################################
@@ -5382,607 +5991,3 @@ def test_the_command_line_explains_itself(command, words, capsys):
 def test_the_module_is_the_command(tmp_path):
     assert run_python("import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('minihub', run_name='__main__')",
                       tmp_path) == f"minihub {minihub.__version__}"
-@pytest.mark.parametrize("name, message", [("a/b", "Invalid username: a/b"), ("", "Invalid username: ")])
-def test_a_first_admin_without_a_proper_name_is_asked_again(first_link, name, message):
-    hub, link = first_link
-    response = submit_password(browser(hub), link, username=name, status=400)
-    assert alert_of(response) == [message.strip()] or alert_of(response) == [message]
-    assert response.form["username"].value == name
-    with hub.connected():
-        assert not hub.has_admin() and not hub.list_users()
-
-AUTHORIZE = "/hub/api/oauth2/authorize?client_id=jupyterhub-user-bob&response_type=code"
-FORMS = [("/hub/spawn/ada", {}), ("/hub/stop/bob", {}), ("/hub/delete/bob/project", {}), ("/hub/token", {"note": "x"}),
-         ("/hub/token", {"revoke": "a1"}), ("/hub/admin", {"names": "eve"}), (AUTHORIZE, {})]
-
-
-@pytest.fixture
-def class_at_work(hub, root):
-    """A hub where bob's server runs and he has another; the first token, a1, is root's."""
-    api_of(hub, "bob")("POST", "/users/bob/server", status=201)
-    root("GET", "/users/bob")
-    with hub.connected():
-        hub.find_or_create_server(hub.find_user("bob"), "project")
-    return hub
-
-
-def facts_of(hub):
-    """Everything that the forms can change."""
-    with hub.connected():
-        return [[tuple(row.values()) for row in model.select(*columns).order_by(model.id).dicts()] for model, columns in (
-            (minihub.User, [minihub.User.name, minihub.User.admin, minihub.User.password, minihub.User.session_key]),
-            (minihub.Server, [minihub.Server.name, minihub.Server.status, minihub.Server.launch]),
-            (minihub.Token, [minihub.Token.hashed]), (minihub.OAuthCode, [minihub.OAuthCode.hashed]))]
-
-
-@pytest.mark.parametrize("path, fields", FORMS)
-def test_a_form_of_the_hubs_own_pages_does_what_it_says(class_at_work, path, fields):
-    pages = browser(class_at_work, "root")
-    before = facts_of(class_at_work)
-    pages.post(path, {"_xsrf": xsrf_of(pages), **fields}, status=(200, 302, 303))
-    assert facts_of(class_at_work) != before
-
-
-@pytest.mark.parametrize("path, fields", [*FORMS, ("/hub/admin/link/ada", {})])
-@pytest.mark.parametrize("forge", [lambda hub, pages: {}, lambda hub, pages: {"_xsrf": "0" * 64}, lambda hub, pages: {"_xsrf": "é"},
-                                   lambda hub, pages: {"_xsrf": xsrf_of(browser(hub, "ada"))}],
-                         ids=["none", "wrong", "no ascii", "another user's"])
-def test_a_form_of_another_site_changes_nothing(class_at_work, forge, path, fields):
-    pages = browser(class_at_work, "root")
-    fields, before = {**fields, **forge(class_at_work, pages)}, facts_of(class_at_work)
-    response = pages.post(path, fields, status=403)
-    assert "Go back, reload it and try again" in alert_of(response)[0]
-    assert facts_of(class_at_work) == before
-
-
-def test_a_forms_token_ends_with_the_session(hub):
-    pages = browser(hub, "ada")
-    token = xsrf_of(pages)
-    pages.get("/hub/logout")
-    sign_in(pages, "ada")
-    pages.post("/hub/spawn/ada", {"_xsrf": token}, status=403)
-
-@pytest.mark.parametrize("status, words, buttons", [
-    ("stopped", "not running", ["Start"]), ("spawning", "starting", ["Watch", "Stop"]),
-    ("ready", "running", ["Open", "Stop"]), ("stopping", "stopping", [])])
-def test_home_offers_what_can_be_done_to_a_server(make_hub, spawner, status, words, buttons):
-    hub = people(make_hub(named_servers=False))
-    pages, spawner.answers, spawner.stubborn = browser(hub, "ada"), status != "spawning", True
-    if status != "stopped":
-        pages.get("/hub/home").form.submit(status=303)
-    if status == "stopping":
-        pages.get("/hub/home").form.submit(status=303)
-    response = pages.get("/hub/home", status=200)
-    assert response.html.select_one(".state").text == words
-    assert buttons_of(response) == buttons
-    assert server_row(hub, "ada").status == status
-
-
-def test_home_looks_again_while_a_server_is_stopping(hub, spawner):
-    pages, spawner.stubborn = browser(hub, "ada"), True
-    pages.post("/hub/spawn/ada", {"_xsrf": xsrf_of(pages)}, status=303).follow()
-    assert "Refresh" not in pages.get("/hub/home").headers
-    pages.post("/hub/stop/ada", {"_xsrf": xsrf_of(pages)}, status=303)
-    assert pages.get("/hub/home").headers["Refresh"] == "2"
-
-
-def test_start_leads_through_the_waiting_page_into_the_server(hub, spawner):
-    pages, spawner.answers = browser(hub, "ada"), False
-    pending = pages.get("/hub/spawn/ada").form.submit(status=303)
-    assert pending.headers["Location"] == "/hub/spawn-pending/ada"
-    waiting = pending.follow(status=200)
-    assert waiting.html.h1.text == "Your server is starting"
-    assert waiting.html.select_one("#progress")["data-events"] == "/hub/api/users/ada/server/progress"
-    assert waiting.html.noscript.meta["http-equiv"] == "refresh"
-    spawner.answers = True
-    with hub.connected():
-        minihub.Server.update(target=f"{spawner.address}/here").where(minihub.Server.status == "spawning").execute()
-    assert pending.follow(status=302).headers["Location"] == "/user/ada/"
-
-
-def test_a_waiting_page_can_give_up(hub, spawner):
-    pages, spawner.answers = browser(hub, "ada"), False
-    waiting = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
-    stopped = waiting.form.submit(status=303)
-    assert stopped.headers["Location"] == "/hub/home"
-    assert buttons_of(stopped.follow(status=200))[0] == "Start"
-    assert server_row(hub, "ada").status == "stopped"
-
-
-def test_following_a_link_starts_nothing(hub):
-    response = browser(hub, "ada").get("/hub/spawn", status=200)
-    assert buttons_of(response) == ["Start"]
-    assert server_row(hub, "ada").status == "stopped"
-
-
-@pytest.mark.parametrize("answers, location", [(True, "/user/ada/"), (False, "/hub/spawn-pending/ada")])
-def test_the_start_page_of_a_started_server_leads_on(hub, spawner, answers, location):
-    pages, spawner.answers = browser(hub, "ada"), answers
-    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
-    assert pages.get("/hub/spawn", status=302).headers["Location"] == location
-
-
-def test_a_failed_start_shows_the_last_lines_of_its_log(hub, spawner):
-    pages, spawner.exits_at_once = browser(hub, "ada"), 3
-    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
-    assert response.html.h1.text == "Your server has failed"
-    assert alert_of(response)[0].startswith("The server ended while it started [status=3]")
-    assert response.html.pre.text == "Traceback\nImportError: no module named antigravity"
-    assert buttons_of(response) == ["Start"]
-    assert pages.get("/hub/home").html.pre.text == response.html.pre.text
-
-
-def test_the_page_tells_which_of_several_servers_has_failed(hub, spawner):
-    pages, spawner.exits_at_once = browser(hub, "ada"), 3
-    start_named(pages, "project").follow()
-    assert alert_of(pages.get("/hub/home"))[0].startswith("project: The server ended while it started [status=3]")
-
-
-def test_the_log_on_the_page_cannot_be_html(hub, spawner, monkeypatch):
-    monkeypatch.setattr(spawner, "log_tail", lambda state: "<script>alert(1)</script>")
-    pages, spawner.exits_at_once = browser(hub, "ada"), 1
-    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
-    assert response.html.pre.text == "<script>alert(1)</script>"
-    assert response.html.script is None
-
-
-def test_a_spawner_that_fails_says_so_on_the_page(hub, spawner):
-    pages, spawner.problem = browser(hub, "ada"), RuntimeError("no more room")
-    response = pages.get("/hub/spawn/ada").form.submit(status=303).follow(status=200)
-    assert alert_of(response) == ["RuntimeError: no more room"]
-
-
-def test_a_waiting_page_without_a_start_says_so(hub):
-    response = browser(hub, "ada").get("/hub/spawn-pending/ada", status=200)
-    assert response.html.h1.text == "Your server is not running"
-    assert buttons_of(response) == ["Start"]
-
-
-def start_named(pages, name, status=303):
-    """The response to home's form for another server."""
-    form = next(form for form in pages.get("/hub/home").forms.values() if "server_name" in form.fields)
-    form["server_name"] = name
-    return form.submit(status=status)
-
-
-def test_another_server_is_started_by_name(hub):
-    pages = browser(hub, "ada")
-    response = start_named(pages, "project")
-    assert response.headers["Location"] == "/hub/spawn-pending/ada/project"
-    assert response.follow(status=302).headers["Location"] == "/user/ada/project/"
-    assert server_row(hub, "ada").status == "stopped"
-
-
-@pytest.mark.parametrize("name", ["a b", "../x", "lab", "é", "<b>", "x" * 64])
-def test_a_server_name_that_cannot_be_is_refused(hub, name):
-    assert alert_of(start_named(browser(hub, "ada"), name, status=400))[0].startswith("Invalid server_name")
-    assert server_row(hub, "ada", name) is None
-
-
-def test_the_limit_of_servers_is_explained(make_hub):
-    hub = people(make_hub(named_server_limit=1))
-    pages = browser(hub, "ada")
-    start_named(pages, "one")
-    assert "already has the maximum of 1 named servers" in alert_of(start_named(pages, "two", status=400))[0]
-
-
-def test_without_named_servers_there_is_no_form_for_them(make_hub):
-    hub = people(make_hub(named_servers=False))
-    pages = browser(hub, "ada")
-    assert "server_name" not in pages.get("/hub/home").text
-    response = pages.post("/hub/spawn/ada", {"_xsrf": xsrf_of(pages), "server_name": "two"}, status=400)
-    assert alert_of(response) == ["Named servers are not enabled."]
-
-
-def test_a_named_server_can_be_deleted_when_it_is_stopped(hub):
-    pages = browser(hub, "ada")
-    start_named(pages, "project").follow()
-    pages.post("/hub/stop/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
-    assert "Delete" in buttons_of(pages.get("/hub/home"))
-    pages.post("/hub/delete/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
-    assert server_row(hub, "ada", "project") is None
-
-
-def test_a_named_server_is_deleted_once_it_has_stopped(hub, spawner):
-    pages, spawner.stubborn = browser(hub, "ada"), True
-    start_named(pages, "project").follow()
-    pages.post("/hub/delete/ada/project", {"_xsrf": xsrf_of(pages)}, status=303)
-    assert server_row(hub, "ada", "project").status == "stopping"
-    spawner.end_all()
-    pages.get("/hub/home", status=200)
-    assert "project" not in pages.get("/hub/home", status=200).html.main.section.text
-
-
-def test_the_default_server_cannot_be_deleted(hub):
-    pages = browser(hub, "ada")
-    pages.post("/hub/delete/ada", {"_xsrf": xsrf_of(pages)}, status=404)
-    pages.post("/hub/delete/ada/", {"_xsrf": xsrf_of(pages)}, status=404)
-    assert server_row(hub, "ada")
-
-
-@pytest.mark.parametrize("method, path", [("GET", "/hub/spawn/ada"), ("GET", "/hub/spawn/ada/new"), ("GET", "/hub/spawn-pending/ada"),
-                                          ("POST", "/hub/spawn/ada"), ("POST", "/hub/stop/ada"), ("POST", "/hub/delete/ada/x"),
-                                          ("GET", "/hub/spawn/nobody"), ("POST", "/hub/spawn/nobody")])
-def test_a_student_gets_to_no_page_of_another(hub, method, path):
-    pages = browser(hub, "bob")
-    response = pages.request(path, method=method, POST={"_xsrf": xsrf_of(pages)} if method == "POST" else None, status=403)
-    assert alert_of(response) == ["This page belongs to somebody else"]
-    assert server_row(hub, "ada").status == "stopped" and server_row(hub, "ada", "new") is None
-
-
-def test_an_admin_starts_and_stops_a_students_server(hub):
-    pages = browser(hub, "root")
-    response = pages.get("/hub/spawn/ada", status=200)
-    assert "ada" in response.html.h1.text
-    assert response.form.submit(status=303).follow(status=302).headers["Location"] == "/user/ada/"
-    stopped = pages.post("/hub/stop/ada", {"_xsrf": xsrf_of(pages)}, status=303)
-    assert stopped.headers["Location"] == "/hub/admin"
-    assert "/hub/stop/ada" not in stopped.follow(status=200).text
-    assert server_row(hub, "ada").status == "stopped"
-
-
-def test_an_admin_is_told_of_a_user_who_does_not_exist(hub):
-    assert alert_of(browser(hub, "root").get("/hub/spawn/eve", status=404)) == ["No such user: eve"]
-
-def test_the_address_of_a_stopped_server_offers_to_start_it(hub):
-    response = browser(hub, "ada").get("/user/ada/lab?x=1", status=302)
-    assert response.headers["Location"] == "/hub/user/ada/lab?x=1"
-    page = response.follow(status=503)
-    assert page.html.h1.text == "Your server is not running"
-    assert buttons_of(page) == ["Start"]
-    started = page.form.submit(status=303)
-    assert started.follow(status=302).headers["Location"] == "/user/ada/lab?x=1"
-
-
-def test_the_address_of_anothers_stopped_server_leads_to_ones_own(hub):
-    assert browser(hub, "bob").get("/hub/user/ada/lab", status=302).headers["Location"] == "/user/bob/lab"
-
-
-def test_the_address_of_a_stopped_server_lets_an_admin_start_it(hub):
-    response = browser(hub, "root").get("/hub/user/ada/lab", status=503)
-    assert "ada" in response.html.h1.text
-    assert urlsplit(response.form.action).path == "/hub/spawn/ada"
-
-
-def test_the_address_of_a_server_that_runs_leads_back_to_it(hub):
-    pages = browser(hub, "ada")
-    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
-    assert pages.get("/hub/user/ada/lab/a%20b?x=1", status=302).headers["Location"] == "/user/ada/lab/a%20b?x=1"
-
-
-@pytest.mark.parametrize("method, path, accept", [("GET", "/user/ada/api/contents", "*/*"), ("POST", "/user/ada/lab", "text/html"),
-                                                  ("GET", "/user/ada/lab", "application/json"), ("GET", "/user/eve/api", "*/*")])
-def test_programs_are_told_that_a_server_does_not_run(hub, method, path, accept):
-    response = browser(hub).request(path, method=method, headers={"Accept": accept}, status=503)
-    name = path.split("/")[2]
-    assert response.json == {"status": 503, "message": f"JupyterHub server no longer running at {path}. Restart the server at"
-                                                       f" /hub/spawn/{name}"}
-
-
-def test_a_link_for_everybody_leads_to_ones_own_server(hub):
-    response = browser(hub, "ada").get("/hub/user-redirect/lab/tree/a%20b.ipynb?x=1", status=302)
-    assert response.headers["Location"] == "/user/ada/lab/tree/a%20b.ipynb?x=1"
-
-def test_the_token_page_makes_a_token_that_works_and_shows_it_once(hub):
-    pages = browser(hub, "ada")
-    form = pages.get("/hub/token").form
-    form["note"] = "grading"
-    response = form.submit(status=200)
-    token = response.html.code.text
-    assert Api(hub, token)("GET", "/user").json["name"] == "ada"
-    page = pages.get("/hub/token")
-    assert "grading" in page.text and token not in page.text
-
-
-def test_the_token_page_revokes_a_token(hub):
-    pages, token = browser(hub, "ada"), token_for(hub, "ada")
-    response = pages.get("/hub/token").forms[1].submit("revoke", status=303)
-    assert response.headers["Location"] == "/hub/token"
-    Api(hub, token)("GET", "/user", status=403)
-
-
-def test_the_token_page_revokes_nobody_elses_token(hub, root):
-    pages = browser(hub, "ada")
-    pages.post("/hub/token", {"_xsrf": xsrf_of(pages), "revoke": "a1"}, status=404)
-    root("GET", "/user")
-
-
-def test_the_token_a_server_runs_with_is_not_on_the_page(hub):
-    pages = browser(hub, "ada")
-    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
-    assert buttons_of(pages.get("/hub/token")) == ["Make a token"]
-
-def add_people(pages, names, status=200):
-    """The response to the form of the People page."""
-    form = form_to(pages.get("/hub/admin"), "/hub/admin")
-    form["names"] = names
-    return form.submit(status=status)
-
-
-def test_people_are_added_and_each_gets_a_link(hub):
-    response = add_people(browser(hub, "root"), "Carla\n\n  Dan \nADA\n")
-    rows = response.html.select("[role=status] .row")
-    assert "Here already: ada" in response.html.select_one("[role=status]").text
-    assert [row.b.text for row in rows] == ["carla", "dan"]
-    submit_password(browser(hub), urlsplit(rows[0].code.text).path)
-    assert sign_in(browser(hub), "carla", "a new password").headers["Location"] == "/hub/home"
-
-
-@pytest.mark.parametrize("settings, site", [({}, "http://class.example:8080"),
-                                            ({"public_url": "https://hub.example"}, "https://hub.example")])
-def test_links_on_the_people_page_lead_to_where_the_teachers_browser_is(make_hub, settings, site):
-    pages = browser(people(make_hub(**settings)), "root", HTTP_HOST="class.example:8080")
-    assert add_people(pages, "carla").html.code.text.startswith(f"{site}/hub/link/")
-
-
-@pytest.mark.parametrize("names, status, message", [
-    ("carla\na/b\n..\n", 400, "Invalid usernames: a/b, .."), ("ada\nBOB", 409, "All 2 users already exist"),
-    (" \n", 400, "Write at least one name")])
-def test_people_who_cannot_be_added_stay_in_the_form(hub, names, status, message):
-    response = add_people(browser(hub, "root"), names, status)
-    assert alert_of(response) == [message]
-    assert form_to(response, "/hub/admin")["names"].value.split() == names.split()
-    with hub.connected():
-        assert [user.name for user in hub.list_users()] == ["root", "ada", "bob"]
-
-
-def test_a_lost_password_is_replaced_through_a_new_link(hub):
-    pages = browser(hub, "root")
-    response = form_to(pages.get("/hub/admin"), "/hub/admin/link/ada").submit(status=200)
-    submit_password(browser(hub), urlsplit(response.html.code.text).path)
-    assert sign_in(browser(hub), "ada", "a new password").headers["Location"] == "/hub/home"
-
-
-def test_the_people_page_shows_the_servers_that_run(hub):
-    browser(hub, "ada").get("/hub/spawn/ada").form.submit(status=303).follow()
-    pages = browser(hub, "root")
-    assert [form.action for form in pages.get("/hub/admin").forms.values()] == [
-        "/hub/admin", "/hub/admin/link/root", "/hub/admin/link/ada", "/hub/stop/ada", "/hub/admin/link/bob"]
-
-
-@pytest.mark.parametrize("method, path", [("GET", "/hub/admin"), ("POST", "/hub/admin"), ("POST", "/hub/admin/link/root"),
-                                          ("POST", "/hub/admin/link/ada")])
-def test_the_people_page_is_for_admins(hub, method, path):
-    pages = browser(hub, "ada")
-    form = {"_xsrf": xsrf_of(pages), "names": "eve"} if method == "POST" else None
-    assert alert_of(pages.request(path, method=method, POST=form, status=403)) == ["This page is for admins"]
-    assert "/hub/admin" not in pages.get("/hub/home").text
-    with hub.connected():
-        assert hub.get_user("eve") is None
-
-@pytest.mark.parametrize("path, status, location", [("/", 302, "/hub/"), ("/hub", 301, "/hub/"), ("/hub/", 302, "/hub/login")])
-def test_the_root_leads_to_the_hub(hub, path, status, location):
-    assert browser(hub).get(path, status=status).headers["Location"] == location
-
-
-def test_the_root_leads_home_who_is_signed_in(hub):
-    assert browser(hub, "ada").get("/hub/", status=302).headers["Location"] == "/hub/home"
-
-
-def test_health_is_an_empty_answer(hub):
-    assert browser(hub).get("/hub/health", status=200).text == ""
-
-
-def test_health_fails_with_the_database(hub, monkeypatch):
-    monkeypatch.setattr(hub, "check_health", lambda: hub.database.execute_sql("SELECT 1 FROM nowhere"))
-    assert "database does not answer" in browser(hub).get("/hub/health", status=503).text
-
-
-def test_the_logo_is_a_picture(hub):
-    assert browser(hub).get("/hub/logo", status=200).content_type == "image/svg+xml"
-
-
-def test_browsers_may_report_what_a_policy_has_blocked(hub):
-    browser(hub).post("/hub/security/csp-report", b"{}", content_type="application/csp-report", status=204)
-
-
-def test_a_page_that_does_not_exist_says_so_and_leads_home(hub):
-    response = browser(hub, "ada").get("/hub/nowhere", status=404)
-    assert alert_of(response) == ["There is no page at this address"]
-    assert response.html.main.a["href"] == "/hub/home"
-
-
-def test_a_failing_page_shows_nothing_of_what_is_inside(hub, monkeypatch):
-    def fail(user):
-        raise RuntimeError("a secret")
-
-    pages = browser(hub, "ada")
-    monkeypatch.setattr(hub, "servers_of", fail)
-    response = pages.get("/hub/home", status=500)
-    assert alert_of(response) == ["Internal Server Error"] and "a secret" not in response.text
-
-
-ALL_PAGES = ["/hub/login", "/hub/home", "/hub/spawn/ada", "/hub/spawn-pending/ada", "/hub/spawn-pending/bob", "/hub/token", "/hub/admin",
-             "/hub/user/ada/lab", "/hub/nowhere", AUTHORIZE, "link"]
-
-
-@pytest.fixture(params=ALL_PAGES)
-def any_page(request, class_at_work, spawner):
-    """Each of the pages as the admin sees it, of a hub mounted at /lab."""
-    hub, spawner.answers = class_at_work, False
-    pages = browser(hub, SCRIPT_NAME="/lab")
-    path = link_of(hub, "ada") if request.param == "link" else request.param
-    if path.startswith("/hub/link") or path.endswith("/login"):
-        return pages.get(f"/lab{path}", status=200)
-    sign_in(pages, "root", url="/lab/hub/login")
-    if path.endswith("pending/bob"):
-        api_of(hub, "root")("DELETE", "/users/bob/server", status=204)
-        pages.post("/lab/hub/spawn/bob", {"_xsrf": xsrf_of(pages, "/lab/hub/home")}, status=303)
-    return pages.get(f"/lab{path}", status="*")
-
-
-def test_every_field_has_a_label_and_every_button_a_word(any_page):
-    page = any_page.html
-    assert page.html["lang"] == "en" and page.title.text and len(page.find_all("h1")) == 1
-    for field in page.select("input:not([type=hidden]), textarea"):
-        assert field.get("aria-label") or field.find_parent("label").get_text(strip=True)
-    for button in page.select("button, a"):
-        assert button.get_text(strip=True) or button.get("aria-label")
-    identifiers = [element["id"] for element in page.select("[id]")]
-    assert len(identifiers) == len(set(identifiers))
-
-
-def test_every_link_and_form_stays_below_the_mount_point(any_page):
-    places = [element[key] for key in ("href", "action", "src", "data-events", "data-next") for element in
-              any_page.html.select(f"[{key}]")]
-    assert places and not [place for place in places if not place.startswith("/lab/")]
-
-
-def test_no_page_runs_what_is_not_its_own_or_stays_in_a_cache(any_page):
-    nonce = re.search(r"style-src 'nonce-([\w-]+)'", any_page.headers["Content-Security-Policy"])[1]
-    assert any_page.headers["Content-Security-Policy"] == (
-        "default-src 'none'; img-src 'self'; connect-src 'self'; base-uri 'none';"
-        f" style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; frame-ancestors 'self'")
-    assert {element.get("nonce") for element in any_page.html.select("style, script")} == {nonce}
-    assert not re.search(r"<[^>]+\s(?:on\w+|style)=", any_page.text)
-    assert {name: any_page.headers[name] for name in ("Cache-Control", "Referrer-Policy", "X-Content-Type-Options")} == {
-        "Cache-Control": "no-store", "Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff"}
-
-
-def test_names_cannot_be_html(hub):
-    pages = browser(hub, "root")
-    add_people(pages, '<img src=x>"\'&')
-    page = pages.get("/hub/admin")
-    assert [b.text for b in page.html.select(".card .row b")][-1] == '<img src=x>"\'&'
-    assert page.html.img is None
-    assert pages.get(f"/hub/spawn/{quote('<img src=x>')}%22'&", status=200).html.img is None
-
-CHROMIUM_OPTIONS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-                    " --disable-component-update --disable-sync").split()
-PASSWORD = "correct horse"
-
-
-@pytest.fixture
-def chromium():
-    """Opens a page in a browser session of its own: `chromium(java_script_enabled=False)`."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[test]'")
-    if not CHROMIUM:
-        pytest.skip("apt-get install chromium")
-    with playwright.sync_playwright() as driver, contextlib.closing(
-            driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)) as chrome:
-        def open_page(**options):
-            context = chrome.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-            context.set_default_timeout(60_000)
-            return context.new_page()
-
-        yield open_page
-
-
-def choose_password(page, link, **fields):
-    """Open a sign-in link and do what it asks for."""
-    page.goto(link)
-    for name, value in {**fields, "password": PASSWORD, "again": PASSWORD}.items():
-        page.fill(f"[name={name}]", value)
-    page.click("text=Save and sign in")
-    page.wait_for_url("**/hub/home")
-
-
-def first_admin(hub, page):
-    """Become the first admin, by the link that the hub has printed."""
-    link = wait_for(lambda: re.search(r"http://\S+/hub/link/\S+", hub.log.read_text()), message="no link was printed")[0]
-    choose_password(page, link, username="Teacher")
-    return page
-
-
-def students(hub, teacher, chromium, *names):
-    """A page each for new students, who have come by the links that the People page shows."""
-    teacher.goto(f"{hub.url}/hub/admin")
-    teacher.fill("[name=names]", "\n".join(names))
-    teacher.click("text=Add >> nth=-1")
-    pages = [chromium() for _ in names]
-    for page, link in zip(pages, teacher.locator("code").all_text_contents(), strict=True):
-        choose_password(page, link)
-    return pages
-
-
-def start_lab(page):
-    """From home into JupyterLab."""
-    page.click("button:has-text('Start') >> nth=0")
-    page.wait_for_url("**/user/*/lab**")
-    page.wait_for_selector(".jp-LauncherCard")
-
-
-def run_cell(page, code):
-    """What a new notebook's first cell prints."""
-    page.click(".jp-LauncherCard[data-category=Notebook] >> nth=0")
-    page.wait_for_selector("#jp-main-statusbar >> text=/Idle/")
-    page.click(".jp-Notebook .cm-content")
-    page.keyboard.type(code)
-    page.keyboard.press("Shift+Enter")
-    return page.wait_for_selector(".jp-OutputArea-output").inner_text().strip()
-
-
-def sign_in_page(page, name):
-    """Fill in the sign-in form."""
-    page.fill("[name=username]", name)
-    page.fill("[name=password]", PASSWORD)
-    page.click("main button")
-
-
-@needs_singleuser
-def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
-    hub = live()
-    teacher = first_admin(hub, chromium())
-    ada, bob = students(hub, teacher, chromium, "ada", "bob")
-    server = f"{hub.url}/user/ada/lab"
-
-    start_lab(ada)
-    assert run_cell(ada, "print(6*7)") == "42"
-
-    assert bob.goto(server).status == 403
-    assert bob.inner_text("[role=alert]") == "You may not open the server of ada"
-
-    teacher.goto(server)
-    assert teacher.inner_text("h1") == "Open this server?"
-    teacher.click("button:has-text('Open it')")
-    teacher.wait_for_selector(".jp-LabShell")
-
-    ada.goto(f"{hub.url}/hub/logout")
-    ada.goto(server)
-    assert ada.inner_text("h1") == "Sign in"
-    sign_in_page(ada, "ada")
-    ada.wait_for_selector(".jp-LabShell")
-
-    ada.goto(f"{hub.url}/hub/home")
-    ada.click("text=Stop")
-    ada.wait_for_selector("text=not running")
-    ada.click("text=Sign out ada")
-    ada.goto(server)
-    assert ada.inner_text("h1") == "Sign in"
-
-
-def class_with_one_password(live, folder, cmd):
-    """A hub that lets everybody in with one password, whose servers are that command."""
-    pytest.importorskip("tornado", reason="pip install '.[classroom]'")
-    (folder / "echo.py").write_text(ECHO_SERVER)
-    return live(authenticator="dummy", password=PASSWORD, cmd=cmd.format(python=sys.executable, echo=folder / "echo.py"))
-
-
-@pytest.mark.parametrize("scripts", [True, False])
-def test_pages_work_with_and_without_javascript(live, tmp_path, chromium, scripts):
-    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; exec {python} {echo}'")
-    page = chromium(java_script_enabled=scripts)
-    page.goto(f"{hub.url}/user/ada/echo")
-    sign_in_page(page, "ada")
-    assert page.inner_text("h1") == "Your server is not running"
-    page.click("text=Start")
-    assert page.inner_text("h1") == "Your server is starting"
-    page.wait_for_url("**/user/ada/echo")
-    assert json.loads(page.inner_text("body"))["uri"] == "/user/ada/echo"
-    page.goto(f"{hub.url}/hub/home")
-    assert page.get_attribute("text=Open", "href") == "/user/ada/"
-    page.click("text=Stop")
-    page.wait_for_selector("text=not running")
-
-
-@pytest.mark.parametrize("scripts", [True, False])
-def test_a_failed_start_shows_its_log_in_the_browser(live, tmp_path, chromium, scripts):
-    hub = class_with_one_password(live, tmp_path, "sh -c 'sleep 1; echo No module named antigravity; exit 3'")
-    page = chromium(java_script_enabled=scripts)
-    page.goto(f"{hub.url}/hub/login")
-    sign_in_page(page, "ada")
-    page.click("text=Start >> nth=0")
-    assert page.inner_text("h1") == "Your server is starting"
-    page.wait_for_selector("pre")
-    assert page.inner_text("h1") == "Your server has failed"
-    assert page.inner_text("pre") == "No module named antigravity"
