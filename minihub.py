@@ -296,7 +296,7 @@ def _from_text(name, kind, text):
     if kind in ("int", "float"):
         return _parse(name, int if kind == "int" else float, text, "a number")
     if kind == "tuple[dict, ...]":
-        return _parse(name, json.loads, text, "a JSON list")
+        return _parse(name, json.loads, text or "[]", "a JSON list")
     if kind == "tuple[str, ...]":
         return tuple(item.strip() for item in text.split(",") if item.strip())
     return text
