@@ -47,6 +47,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import string
 import subprocess
@@ -127,6 +128,7 @@ class Settings:
     chp_api_url: str = "http://127.0.0.1:8001"  # the API of the configurable-http-proxy, for proxy = chp
     chp_auth_token: str = ""                    # its CONFIGPROXY_AUTH_TOKEN; default: made up, where the hub starts it
     chp_command: str = ""                       # starts it, for example configurable-http-proxy --port=8000
+    stop_with_hub: bool = False                 # servers end within about a minute of the hub's last worker
     cleanup_servers: bool = False               # POST /shutdown also stops the servers, unless its body says otherwise
     cleanup_proxy: bool = True                  # POST /shutdown also stops a proxy that the hub has started
     on_shutdown: Any = None                     # called, without arguments, in place of ending the WSGI server
@@ -139,6 +141,8 @@ class Settings:
             self._check_type(field)
         _demand(self.base_url.startswith("/"), "base_url", "must start with a slash", self.base_url)
         object.__setattr__(self, "base_url", self.base_url.rstrip("/") + "/")
+        for name in ("homes", "run_dir"):
+            object.__setattr__(self, name, os.path.abspath(getattr(self, name)))  # the site may change its folder later
         for name in ("public_url", "hub_url"):
             value = getattr(self, name)
             _demand(not value or _is_address(value), name, "must look like https://host", value)
@@ -510,7 +514,8 @@ def folder_name(name: str) -> str:
 # 4. Models
 ########################################################################################################
 
-SCHEMA_VERSION = 1
+#: What takes a database from one schema version to the next: the first from version 1 to version 2, and so on.
+MIGRATIONS: tuple[Callable[[pw.Database], None], ...] = ()
 
 _current_database: contextvars.ContextVar[pw.Database | None] = contextvars.ContextVar("minihub_database", default=None)
 
@@ -718,7 +723,7 @@ def open_database(url: str) -> pw.Database:
             return database_from_url(url, autoconnect=False)
         except (RuntimeError, ValueError, pw.ImproperlyConfigured) as error:
             raise SettingError("database", f"cannot be used ({error})", url.partition(":")[0]) from None
-    path = url.removeprefix("sqlite:").removeprefix("///").partition("?")[0]
+    path = url.removeprefix("sqlite:///")
     try:
         # Created here, because SQLite itself would let everybody read it; its WAL takes over the mode.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -728,15 +733,39 @@ def open_database(url: str) -> pw.Database:
     return pw.SqliteDatabase(path, pragmas=pragmas, timeout=15, lock_type="IMMEDIATE", autoconnect=False)
 
 
-def prepare_schema(database: pw.Database):
-    """Create what is missing, in one transaction. Raises SettingError for a database of a newer minihub."""
+def prepare_schema(database: pw.Database) -> None:
+    """Create what is missing and upgrade what is older, in one transaction, after a copy has been set aside (SQLite).
+
+    Raises SettingError for a database of a newer minihub.
+    """
+    newest = len(MIGRATIONS) + 1
     with database.atomic():
         if isinstance(database, pw.PostgresqlDatabase):
             database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x6d696e69,))  # workers start at the same moment
+        known = Setting.get_or_none(Setting.key == "schema_version") if Setting.table_exists() else None
+        version = known.value if known else newest
+        _demand(version <= newest, "database", f"must be of schema version {newest} or older"
+                f" (it was written by a newer minihub than {__version__})", version)
+        if version < newest and isinstance(database, pw.SqliteDatabase):
+            copy_database(database, f"{database.database}.version-{version}")
+        for migrate in MIGRATIONS[version - 1:]:
+            migrate(database)
         database.create_tables(MODELS, safe=True)
-        version = remember("schema_version", SCHEMA_VERSION)
-    _demand(version <= SCHEMA_VERSION, "database", f"must be of schema version {SCHEMA_VERSION} or older"
-            f" (it was written by a newer minihub than {__version__})", version)
+        if not known or version < newest:
+            store("schema_version", newest)
+            log.info("database: schema version %s%s", newest, f", upgraded from {version}" if version < newest else "")
+
+
+def copy_database(database: pw.Database, path: str) -> None:
+    """A consistent copy of an SQLite database in a new file, while it is in use. Raises BadRequest."""
+    if not isinstance(database, pw.SqliteDatabase):
+        raise BadRequest("Only an SQLite database is copied this way. For PostgreSQL use pg_dump")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as error:
+        raise BadRequest(f"The copy {path} cannot be made: {error.strerror}") from None
+    with contextlib.closing(sqlite3.connect(database.database)) as source, contextlib.closing(sqlite3.connect(path)) as copy:
+        source.backup(copy)
 
 
 def upsert(key: pw.Field, which: Any, /, **columns: Any) -> None:
@@ -867,33 +896,27 @@ class Spawner:
 #: Runs a command ("$@"), so that its exit status is on disk for any worker to read, and nothing outlives it in its
 #: process group. `set -C` makes the first of two starts of one launch win. The traps keep the shell alive over the
 #: signals meant for the command; a trapped signal, unlike an ignored one, is back at its default in the command.
+#: If there is a heartbeat file ("$2"), everything ends when nobody has touched that for a minute.
 SUPERVISE = """
-set -C; echo "$$ $1" >"$0.pid" || exit 125; shift
+set -C; echo "$$ $1" >"$0.pid" || exit 125
+beat=$2; shift 2
 trap : INT TERM HUP
+if [ -n "$beat" ]; then (
+    trap '' INT TERM HUP
+    while [ -n "$(find "$beat" -mmin -1 2>/dev/null)" ]; do sleep 5; done
+    kill -TERM 0; sleep 10; kill -KILL 0
+) & fi
 "$@"
 echo $? >"$0.exit"
 kill -KILL 0
 """
 
-#: The same for a service, which is to end within a minute of the last worker that has touched the file "$1".
-SUPERVISE_SERVICE = """
-set -C; beat=$1; echo "$$ $1" >"$0.pid" || exit 125; shift
-trap : INT TERM HUP
-"$@" & child=$!
-while kill -0 $child 2>/dev/null; do
-    [ -n "$(find "$beat" -mmin -1 2>/dev/null)" ] || kill $child
-    sleep 1
-done
-wait $child; echo $? >"$0.exit"
-kill -KILL 0
-"""
 
-
-def start_process(run: Path, words: Iterable[str], note: str, script: str = SUPERVISE, **options: Any) -> dict[str, Any]:
+def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None = None, **options: Any) -> dict[str, Any]:
     """Run a command in a session of its own, and return what tells any other worker about it.
 
-    `run` is a path without its suffix, for what is to be known of it: .pid, .exit. Its log is the same path up to the @.
-    `note` is what the script gets as its first word. Raises OSError.
+    `run` is a path without its suffix, for what is to be known of it: .pid (with the `note` after it) and .exit. Its log
+    is the same path up to the @. With a `beat` it ends soon after that file is no longer touched. Raises OSError.
     """
     log_file = log_of(run)
     for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*"):  # of earlier starts
@@ -901,12 +924,20 @@ def start_process(run: Path, words: Iterable[str], note: str, script: str = SUPE
     with contextlib.suppress(FileNotFoundError):
         log_file.replace(log_file.with_suffix(".log.old"))
     with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
-        process = subprocess.Popen(["/bin/sh", "-c", script, str(run), note, *words], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(["/bin/sh", "-c", SUPERVISE, str(run), note, str(beat or ""), *words], stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=output, start_new_session=True, **options)
     state = process_state(run, process.pid)  # before anybody waits, and the number can be somebody else's
     # The kernel keeps a zombie until somebody waits for it.
     threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
     return state
+
+
+def heartbeat(settings: Settings) -> Path:
+    """The file, touched just now, whose age tells processes whether there still is a hub."""
+    folder = Path(settings.run_dir)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "heartbeat").touch()
+    return folder / "heartbeat"
 
 
 def process_state(run: Path, pid: int) -> dict[str, Any]:
@@ -992,7 +1023,7 @@ class SubprocessSpawner(Spawner):
 
     def home(self, server: Launch) -> Path:
         """The user's home, which only the hub's system user can read."""
-        return Path(self.settings.homes).absolute() / server.user.folder
+        return Path(self.settings.homes) / server.user.folder
 
     def start(self, server):
         """Start the process. Raises OSError if its folders or its log cannot be made."""
@@ -1002,7 +1033,8 @@ class SubprocessSpawner(Spawner):
         if self.settings.notebook_dir:
             self._notebook_dir(server).mkdir(parents=True, exist_ok=True)
         target = f"http://127.0.0.1:{server.port}"
-        state = start_process(run, self.command(server), target, cwd=self.home(server), env=self.environment(server))
+        beat = heartbeat(self.settings) if self.settings.stop_with_hub else None
+        state = start_process(run, self.command(server), target, beat, cwd=self.home(server), env=self.environment(server))
         return {**state, "target": target}
 
     def find(self, server):
@@ -1029,7 +1061,7 @@ class SubprocessSpawner(Spawner):
         return last_lines(Path(state["run"]))
 
     def _run_file(self, server):
-        folder = Path(self.settings.run_dir).absolute() / server.user.folder
+        folder = Path(self.settings.run_dir) / server.user.folder
         return folder / f"server{'-' if server.name else ''}{server.name}@{server.id}"
 
     def _notebook_dir(self, server):
@@ -1716,7 +1748,7 @@ class ConfigurableHTTPProxy(Proxy):
         ours = self.settings.chp_command and place["api_url"] == self.settings.chp_api_url.rstrip("/")
         if not ours or (state and poll_process(state) is None):
             return
-        run = Path(self.settings.run_dir).absolute() / f"proxy@{secrets.token_hex(4)}"
+        run = Path(self.settings.run_dir) / f"proxy@{secrets.token_hex(4)}"
         run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         words = [*shlex.split(self.settings.chp_command), "--api-ip", api.hostname, "--api-port", str(api.port or 80),
                  "--error-target", f"{hub}error"]
@@ -1862,6 +1894,7 @@ POLL_READY_AFTER = 10     # seconds between two looks of the ticker at a server 
 PURGE_AFTER = 60          # seconds between two clean-ups
 CODE_LIFETIME = 300       # seconds an OAuth code can be redeemed
 CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")  # RFC 7636: the unpadded base64url of a SHA-256
+LEASE = 5                 # seconds after which another worker ticks if this one has stopped to
 STEADY_AFTER = 60         # seconds after which a service that still runs has not died at once
 CHECK_ROUTES_AFTER = 5    # seconds between two comparisons of the proxy's routes with those wanted
 MAX_ATTEMPTS = 3          # starts of a server whose port somebody else has taken
@@ -1887,19 +1920,17 @@ class HubCore:
         for hook in (self.authenticator, self.spawner, self.proxy):
             hook.settings = settings
         self.proxy.splicer = self.splicer = Splicer(settings.proxy_idle_timeout)
-        self._check_database()
-        with self.connected():
-            prepare_schema(self.database)
-            self.secret = remember("cookie_secret", secrets.token_hex(32))
+        self._prepare_database()
         self.disconnect()  # a fork must not inherit the connection
 
     # The database
 
-    def _check_database(self):
-        """Raises SettingError for a database that cannot be opened: no server there, or a file of another kind."""
+    def _prepare_database(self):
+        """Raises SettingError for a database that cannot be used: no server there, a file of another kind, read-only."""
         try:
             with self.connected():
-                self.database.get_tables()
+                prepare_schema(self.database)
+                self.secret = remember("cookie_secret", secrets.token_hex(32))
         except (pw.DatabaseError, pw.ImproperlyConfigured) as error:
             # A URL can hold a password, a file's name is not secret.
             shown = re.sub(r"//[^/]*@", "//...@", self.settings.database)
@@ -1916,8 +1947,10 @@ class HubCore:
     def _database_url(self):
         """The setting, or a file that ends with the hub: each thread has a connection of its own, and SQLite would give
         each a memory of its own."""
-        if self.settings.database not in ("sqlite:///:memory:", "sqlite://:memory:", "sqlite:///"):
-            return self.settings.database
+        url = self.settings.database
+        if url not in ("sqlite:///:memory:", "sqlite://:memory:", "sqlite:///"):
+            path = url.removeprefix("sqlite:").removeprefix("///").partition("?")[0]
+            return f"sqlite:///{os.path.abspath(path)}" if url.startswith("sqlite:") else url
         folder = tempfile.mkdtemp(prefix="minihub-")
         weakref.finalize(self, remove_folder, folder, os.getpid())
         return f"sqlite:///{folder}/memory.sqlite"
@@ -1992,7 +2025,7 @@ class HubCore:
         name = self.normalize(name)
         try:
             with self.database.atomic():
-                return self._insert_user(name, admin)
+                return self._insert_users([name], admin)[0]
         except pw.IntegrityError:
             raise Conflict(f"User {name} already exists") from None
 
@@ -2018,17 +2051,21 @@ class HubCore:
             new = [name for name in wanted if name not in existing]
             if not new:
                 raise Conflict(f"All {len(wanted)} users already exist")
-            return [self._insert_user(name, admin) for name in new]
+            return self._insert_users(new, admin)
 
-    def _insert_user(self, name, admin):
-        admin = admin or name in self._admin_names
-        folder = folder_name(name)
-        if User.select().where(User.folder == folder).exists():  # of a user renamed since
-            folder = f"{folder}-{secrets.token_hex(4)}"
-        user = User.create(name=name, admin=admin, folder=folder)
-        Server.create(user=user)
-        log.info("user %s created%s", name, ", an admin" if admin else "")
-        return user
+    def _insert_users(self, names, admin):
+        """Rows for users who are new, and for their default servers, in as few statements as a database takes."""
+        users = []
+        for part in pw.chunked(names, 100):
+            folders = {name: folder_name(name) for name in part}
+            taken = {row.folder for row in User.select(User.folder).where(User.folder.in_(list(folders.values())))}
+            User.insert_many([{"name": name, "admin": admin or name in self._admin_names,
+                               "folder": f"{folder}-{secrets.token_hex(4)}" if folder in taken else folder}  # renamed since
+                              for name, folder in folders.items()]).execute()
+            users.extend(User.select().where(User.name.in_(part)).order_by(User.id))
+            Server.insert_many([{"user": user} for user in users[-len(part):]]).execute()
+        log.info("users created%s: %s", ", as admins" if admin else "", shortened(", ".join(names)))
+        return users
 
     @property
     def _admin_names(self):
@@ -2748,18 +2785,12 @@ class HubCore:
             spec = ServiceSpec.of(service.spec)
             if not spec.command:
                 continue
-            self._heartbeat().touch()
+            heartbeat(self.settings)
             alive = service.state and poll_process(service.state) is None
             if alive and service.restarts and seconds_since(service.next_start) > STEADY_AFTER:
                 Service.update(restarts=0).where(Service.id == service.id).execute()
             if not alive and service.next_start <= now():
                 self._start_service(service, spec)
-
-    def _heartbeat(self):
-        """The file whose age tells services whether there still is a hub."""
-        folder = Path(self.settings.run_dir).absolute()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder / "heartbeat"
 
     def _start_service(self, service, spec):
         next_start = now() + timedelta(seconds=min(60, 2 ** service.restarts))
@@ -2770,10 +2801,9 @@ class HubCore:
         token = configured or new_token()
         with self.database.atomic():
             self._set_service_token(service, spec, token)
-        run = self._heartbeat().with_name(f"service-{spec.name}@{secrets.token_hex(4)}")
+        run = Path(self.settings.run_dir) / f"service-{spec.name}@{secrets.token_hex(4)}"
         try:
-            state = start_process(run, spec.command, str(self._heartbeat()), SUPERVISE_SERVICE, cwd=spec.cwd or None,
-                                  env=self._service_variables(spec, token), user=spec.user or None)
+            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None, env=self._service_variables(spec, token), user=spec.user or None)
         except (OSError, KeyError, ValueError) as error:
             log.error("service %s cannot be started: %s", spec.name, error)
             return
@@ -2954,7 +2984,7 @@ class HubCore:
 
     def tick(self) -> bool:
         """Do what is due: observe servers, clean up. False if another worker is at it (it has the lease)."""
-        if not self._take_lease("ticker", 10):
+        if not self._take_lease("ticker", LEASE):
             return False
         self.announce_first_admin()
         self.observe_pending()
@@ -2964,6 +2994,8 @@ class HubCore:
                 with contextlib.suppress(NotFound):
                     self.observe(server)
                     self._cull(server)
+        if self.settings.stop_with_hub:
+            heartbeat(self.settings)
         self._supervise_services()
         self._supervise_proxy()
         if time.monotonic() >= self._next_purge:
@@ -4931,31 +4963,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"minihub {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     link = commands.add_parser("link", help="print a one-time link with which NAME chooses a (new) password")
+    link.set_defaults(run=print_link)
     link.add_argument("name", metavar="NAME")
     link.add_argument("--admin", action="store_true", help="and make NAME an admin")
     token = commands.add_parser("token", help="print a new API token for NAME")
+    token.set_defaults(run=print_token)
     token.add_argument("name", metavar="NAME")
     token.add_argument("--note", default="Requested on the command line", help="what it is for")
+    backup = commands.add_parser("backup", help="copy the database (SQLite) into the new FILE, while the hub runs")
+    backup.set_defaults(run=make_backup)
+    backup.add_argument("file", metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        return _run_command(options)
+        hub = HubCore(Settings.from_environ())
+        with hub.connected():
+            options.run(hub, options)
     except (HubError, SettingError) as error:
         print(f"minihub: {error}", file=sys.stderr)
         return 1
-
-
-def _run_command(options):
-    settings = Settings.from_environ()
-    hub = HubCore(settings)
-    with hub.connected():
-        if options.command == "token":
-            print(hub.create_token(hub.find_user(options.name), options.note)[0])
-            return 0
-        user = hub.get_user(options.name) or hub.create_user(options.name)
-        if options.admin:
-            hub.change_user(user, {"admin": True})
-        print(hub.link_for(user))
     return 0
+
+
+def print_link(hub: HubCore, options: argparse.Namespace) -> None:
+    """`minihub link NAME`, for users old and new."""
+    user = hub.get_user(options.name) or hub.create_user(options.name)
+    if options.admin:
+        hub.change_user(user, {"admin": True})
+    print(hub.link_for(user))
+
+
+def print_token(hub: HubCore, options: argparse.Namespace) -> None:
+    """`minihub token NAME`."""
+    print(hub.create_token(hub.find_user(options.name), options.note)[0])
+
+
+def make_backup(hub: HubCore, options: argparse.Namespace) -> None:
+    """`minihub backup FILE`."""
+    copy_database(hub.database, options.file)
 
 
 if __name__ == "__main__":
