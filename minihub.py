@@ -2056,7 +2056,7 @@ class HubCore:
     def _insert_users(self, names, admin):
         """Rows for users who are new, and for their default servers, in as few statements as a database takes."""
         users = []
-        for part in pw.chunked(names, 100):
+        for part in pw.chunked(names, 50):
             folders = {name: folder_name(name) for name in part}
             taken = {row.folder for row in User.select(User.folder).where(User.folder.in_(list(folders.values())))}
             User.insert_many([{"name": name, "admin": admin or name in self._admin_names,
