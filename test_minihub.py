@@ -2460,6 +2460,26 @@ def test_with_an_idle_timeout_of_0_a_silent_connection_stays():
     wait_for(lambda: near.fileno() == -1, message="the other end stays open")
 
 
+@needs_chp
+def test_a_real_proxy_carries_websockets(chp):
+    websocket = pytest.importorskip("websocket", reason="pip install websocket-client")
+    connection = websocket.create_connection(f"ws://127.0.0.1:{chp.front}/user/ada/socket", timeout=10)
+    with contextlib.closing(connection):
+        connection.send("hello")
+        assert connection.recv() == "hello"
+
+
+@needs_chp
+def test_a_proxy_that_does_not_answer_loses_nothing(make_hub, spawner):
+    hub = people(make_hub(proxy="chp", chp_api_url=f"http://127.0.0.1:{minihub.free_port()}"))
+    root = api_of(hub, "root")
+    root("POST", "/users/ada/server", status=201)
+    for method in ("GET", "POST"):
+        assert "does not answer" in root(method, "/proxy", status=503).json["message"]
+    assert root("GET", "/users/ada").json["servers"][""]["ready"] and len(spawner.running) == 1
+    root("DELETE", "/users/ada/server", status=204)
+
+
 ########################################################################################################
 # 8. The hub's operations
 ########################################################################################################
@@ -3252,6 +3272,25 @@ def test_a_forked_child_leaves_the_memory_of_its_parent_alone(tmp_path):
     ("10.0.0.5", 8000, "http://10.0.0.5:8000"), ("fe80::1", 1, "http://[fe80::1]:1"), ("localhost", 8000, "http://127.0.0.1:8000")])
 def test_the_hub_is_reached_where_it_listens(host, port, address):
     assert minihub.local_address(host, port) == address
+
+
+def test_what_a_proxy_knows_of_activity_flows_into_users_and_servers(hub, root, ada, monkeypatch):
+    ada("POST", "/users/ada/server", status=201)
+    seen = minihub.isoformat(minihub.now() + timedelta(minutes=5))
+    with hub.connected():
+        routes = hub.wanted_routes()
+    routes["/user/ada/"]["data"]["last_activity"] = seen
+    monkeypatch.setattr(hub.proxy, "get_all_routes", lambda: routes)
+    root("POST", "/proxy")
+    model = root("GET", "/users/ada").json
+    assert model["last_activity"] == model["servers"][""]["last_activity"] == seen
+
+
+@needs_singleuser
+def test_a_shutdown_stops_the_services(who):
+    pid = service_pid(who)
+    assert who.api("POST", "/shutdown", "ops-token")[0] == 202
+    wait_for(lambda: minihub.process_identity(pid) is None)
 
 
 ########################################################################################################
