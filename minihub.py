@@ -248,6 +248,8 @@ class ServiceSpec:
         _demand(SERVER_NAME.fullmatch(self.name), "services", "must have names of letters, digits and -_.~", self.name)
         _demand(not self.url or urlsplit(self.url).hostname, "services", f"must have http://host:port as url of {self.name}",
                 self.url)
+        _demand(not self.oauth_client_id.startswith("jupyterhub-user-"), "services",
+                f"must not have the OAuth client id of a server for {self.name}", self.oauth_client_id)
         _demand(not self.api_token or len(self.api_token) >= 8, "services",
                 f"must have an api_token of at least 8 characters for {self.name}", "a shorter one")
         texts = (*self.command, *self.environment, *self.environment.values())
@@ -2543,17 +2545,20 @@ class HubCore:
             launch = self._new_launch(server)
         try:
             state = self.spawner.start(launch)
+            target = state["target"]
         except Exception as error:  # a hook that somebody else wrote
             log.exception("server %s: the spawner failed", server.label)
             self._end(server, f"{type(error).__name__}: {error}")
             return
-        self._adopt(server, state)
+        self._adopt(server, state, target)
 
     def _new_launch(self, server):
         self._revoke(server)
         note = f"Server at {server.prefix}"
         token, _ = self.create_token(server.user, note, server=server)
-        client_id = f"jupyterhub-user-{quote(server.user.name)}" + (f"-{quote(server.name)}" if server.name else "")
+        # The hyphen before the server's name must be the first: ada's server `gpu` is not the user `ada-gpu`.
+        client_id = f"jupyterhub-user-{quote(server.user.name).replace('-', '%2D')}"
+        client_id += f"-{quote(server.name)}" if server.name else ""
         callback = f"{server.prefix}oauth_callback"
         OAuthClient.create(identifier=client_id, secret=hash_token(token), redirect_uri=callback, description=note,
                            server=server)
@@ -2578,11 +2583,10 @@ class HubCore:
             "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0"}
         return {**variables, "JUPYTERHUB_ADMIN_ACCESS": "1"} if self.settings.admin_access else variables
 
-
-    def _adopt(self, server, state):
+    def _adopt(self, server, state, target):
         """Write down the process of a start; if that start has been overtaken, end the process."""
         try:
-            kept = self._move(server, "spawning", state=state, target=state["target"])
+            kept = self._move(server, "spawning", state=state, target=target)
         except pw.IntegrityError:  # another server was given the same port in the same moment
             self.spawner.stop(state, now=True)
             self._try_again(server)
@@ -2635,9 +2639,12 @@ class HubCore:
         """Finish a start whose worker was killed between the row and the process."""
         if seconds_since(server.changed) < INTERRUPTED_AFTER:
             return
-        state = self.spawner.find(Launch(server.launch, server.user, server.name, None, server.prefix, 0, {}))
+        launch = Launch(server.launch, server.user, server.name, None, server.prefix, 0, {})
+        found, state = self._ask(server, lambda: (True, self.spawner.find(launch)), otherwise=(False, None))
+        if not found:
+            return  # while nobody can tell, another process might be one too many
         if state:
-            self._adopt(server, state)
+            self._adopt(server, state, state["target"])
         elif self._move(server, "spawning", launch=new_token(), changed=now()):
             log.warning("server %s: its start was interrupted and begins again", server.label)
             self._launch(server)

@@ -3293,6 +3293,19 @@ def test_a_shutdown_stops_the_services(who):
     wait_for(lambda: minihub.process_identity(pid) is None)
 
 
+def test_a_named_server_and_a_user_of_the_same_letters_are_two_oauth_clients(hub, root, spawner):
+    root("POST", "/users/ada-gpu", status=201)
+    root("POST", "/users/ada/servers/gpu", status=201)
+    root("POST", "/users/ada-gpu/server", status=201)
+    assert [launch.variables["JUPYTERHUB_CLIENT_ID"] for launch in spawner.launches] == [
+        "jupyterhub-user-ada-gpu", "jupyterhub-user-ada%2Dgpu"]
+
+
+def test_a_spawner_that_does_not_say_where_the_server_is_has_failed(hub, root, spawner, monkeypatch):
+    monkeypatch.setattr(spawner, "start", lambda server: {})
+    assert root("POST", "/users/ada/server", status=500).json["message"].endswith("KeyError: 'target'")
+
+
 ########################################################################################################
 # 9. Who is asking
 ########################################################################################################
