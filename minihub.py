@@ -749,7 +749,9 @@ def prepare_schema(database: pw.Database) -> None:
         _demand(version <= newest, "database", f"must be of schema version {newest} or older"
                 f" (it was written by a newer minihub than {__version__})", version)
         if version < newest and isinstance(database, pw.SqliteDatabase):
-            copy_database(database, f"{database.database}.version-{version}")
+            copy = Path(f"{database.database}.version-{version}")
+            copy.unlink(missing_ok=True)  # of an upgrade that failed
+            copy_database(database, str(copy))
         for migrate in MIGRATIONS[version - 1:]:
             migrate(database)
         database.create_tables(MODELS, safe=True)
@@ -766,8 +768,12 @@ def copy_database(database: pw.Database, path: str) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as error:
         raise BadRequest(f"The copy {path} cannot be made: {error.strerror}") from None
-    with contextlib.closing(sqlite3.connect(database.database)) as source, contextlib.closing(sqlite3.connect(path)) as copy:
-        source.backup(copy)
+    try:
+        with contextlib.closing(sqlite3.connect(database.database)) as source, contextlib.closing(sqlite3.connect(path)) as copy:
+            source.backup(copy)
+    except sqlite3.Error as error:
+        os.unlink(path)
+        raise BadRequest(f"The copy {path} cannot be made: {error}") from None
 
 
 def upsert(key: pw.Field, which: Any, /, **columns: Any) -> None:
@@ -1933,7 +1939,7 @@ class HubCore:
             with self.connected():
                 prepare_schema(self.database)
                 self.secret = remember("cookie_secret", secrets.token_hex(32))
-        except (pw.DatabaseError, pw.ImproperlyConfigured) as error:
+        except (pw.DatabaseError, pw.ImproperlyConfigured, BadRequest) as error:
             # A URL can hold a password, a file's name is not secret.
             shown = re.sub(r"//[^/]*@", "//...@", self.settings.database)
             raise SettingError("database", f"cannot be used ({str(error).splitlines()[0]})", shown) from None
@@ -4741,6 +4747,8 @@ class Hub(HubCore):
                 return self._forward(environ, start_response, *route)
         except DatabaseTrouble as error:
             log.error("the database does not answer: %s", error)
+            with contextlib.suppress(DatabaseTrouble):
+                self.disconnect()  # the next request may have more luck with another connection
             is_for_program = API in environ.get("PATH_INFO", "")
             kind = falcon.MEDIA_JSON if is_for_program else falcon.MEDIA_TEXT
             text = json.dumps({"status": 503, "message": NO_DATABASE}) if is_for_program else NO_DATABASE

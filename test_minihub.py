@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ import struct
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import wsgiref.simple_server
@@ -69,6 +71,26 @@ def pytest_generate_tests(metafunc):
     plugins = metafunc.config.pluginmanager
     if os.environ.get("CI") and not plugins.has_plugin("no-skips"):
         plugins.register(NoSkips(), "no-skips")
+    if "make_database" in metafunc.fixturenames:
+        metafunc.parametrize("make_database", databases_for(metafunc), indirect=True)
+
+
+def databases_for(metafunc):
+    """The kinds of database that a test of a hub runs with: both, where it is about what the hub does."""
+    section = section_of(metafunc.function.__code__.co_firstlineno, Path(metafunc.module.__file__).read_text())
+    marker = metafunc.definition.get_closest_marker("database")
+    kinds = marker.args if marker else ("sqlite", "postgres") if section in ON_BOTH_DATABASES else ("sqlite",)
+    return [pytest.param(kind, marks=[needs_postgres] if kind == "postgres" else []) for kind in kinds]
+
+
+ON_BOTH_DATABASES = (4, 8, 10, 11, 13)
+
+
+@functools.cache
+def banners_of(source):
+    """The line and the number of each banner."""
+    banners = [(number, re.match(r"# (\d+)\. ", text)) for number, text in enumerate(source.splitlines(), 1)]
+    return [(number, int(banner[1])) for number, banner in banners if banner]
 
 
 def wait_for(condition, seconds=20, message="it did not happen"):
@@ -177,12 +199,120 @@ def spawner(answering):
     return FakeSpawner(answering)
 
 
+def find_postgres(program):
+    """Where Debian's PostgreSQL, or one on the PATH, has that program."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name), reverse=True)
+    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)]))
+
+
+needs_postgres = pytest.mark.skipif(not find_postgres("initdb"), reason="apt-get install postgresql")
+
+
+class Postgres:
+    """A PostgreSQL server of the tests' own, and databases in it that are used again once they are empty."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="minihub-postgres-"))
+        self.port = minihub.free_port()
+        self.spare = []
+
+    def run(self, program, *words):
+        """Run one of PostgreSQL's programs, as somebody else than root, whom it refuses."""
+        user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+        done = subprocess.run([find_postgres(program), "--pgdata", self.folder / "data", *words], cwd=self.folder,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **user)
+        assert done.returncode == 0, done.stderr
+
+    def start(self):
+        """Start it, without what makes it slow and safe."""
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, "nobody")
+        self.run("initdb", "--auth=trust", "--no-sync", "--username=minihub", "--locale=C", "--encoding=UTF8")
+        options = (f"-F -p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c full_page_writes=off"
+                   " -c max_connections=300")
+        self.run("pg_ctl", "--wait", f"--log={self.folder / 'log'}", f"--options={options}", "start")
+
+    def stop(self):
+        """End it, and leave nothing."""
+        self.run("pg_ctl", "--mode=immediate", "stop")
+        shutil.rmtree(self.folder)
+
+    def connect(self, name="postgres"):
+        """A connection to a database."""
+        connection = pytest.importorskip("psycopg2", reason="pip install '.[postgres]'").connect(
+            self.url(name), application_name="tests")
+        connection.autocommit = True
+        return connection
+
+    def url(self, name):
+        """What the setting `database` wants."""
+        return f"postgresql://minihub@127.0.0.1:{self.port}/{name}"
+
+    def take(self):
+        """The name of a database that nobody else uses and that holds nothing, and a connection to it."""
+        if self.spare:
+            return self.spare.pop()
+        name = f"hub{self.port}_{secrets.token_hex(4)}"
+        with contextlib.closing(self.connect()) as connection:
+            connection.cursor().execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        return name, self.connect(name)
+
+    def give_back(self, name, connection):
+        """Empty a database that is not used any more, unless its tables are others now."""
+        tables = [model._meta.table_name for model in reversed(minihub.MODELS)]
+        end_hubs_of(connection)
+        if ask_postgres(connection, "SELECT 1 FROM settings WHERE key = 'schema_version' AND value <> '1'"):
+            return
+        # TRUNCATE would take twenty times as long
+        ask_postgres(connection, "; ".join(f"DELETE FROM {table}" for table in tables)
+                  + "; SELECT setval(oid::regclass, 1, false) FROM pg_class WHERE relkind = 'S'")
+        self.spare.append((name, connection))
+
+
+def ask_postgres(connection, query):
+    """The rows that a connection to PostgreSQL answers a query with."""
+    with connection.cursor() as cursor:
+        cursor.execute(query)
+        return cursor.fetchall()
+
+
+def end_hubs_of(connection):
+    """End all connections of hubs to a PostgreSQL database, and say how many there were."""
+    return len(ask_postgres(connection, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                                        " WHERE datname = current_database() AND application_name <> 'tests'"))
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server."""
+    server = Postgres()
+    server.start()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def make_hub(spawner, tmp_path):
+def make_database(request, tmp_path):
+    """Makes the address of a new database, of the kind that `pytest_generate_tests` says."""
+    def make():
+        if request.param == "sqlite":
+            return f"sqlite:///{tmp_path}/hub-{secrets.token_hex(4)}.sqlite"
+        taken.append(postgres.take())
+        return postgres.url(taken[-1][0])
+
+    taken = []
+    postgres = request.getfixturevalue("postgres") if request.param == "postgres" else None
+    yield make
+    for database in taken:
+        postgres.give_back(*database)
+
+
+@pytest.fixture
+def make_hub(spawner, tmp_path, make_database):
     """Makes hubs on a database of their own, whose ticker only runs when it is told to."""
     def make(**settings):
-        hub = Hub(**{"database": "sqlite:///:memory:", "spawner": spawner, "tick_interval": 0, "process_variables": {},
-                     "homes": str(tmp_path / "homes"), "run_dir": str(tmp_path / "run"), **settings})
+        hub = Hub(**{"database": settings.get("database") or make_database(), "spawner": spawner, "tick_interval": 0,
+                     "process_variables": {}, "homes": str(tmp_path / "homes"), "run_dir": str(tmp_path / "run"), **settings})
         hubs.append(hub)
         return hub
 
@@ -822,6 +952,7 @@ def test_every_name_has_a_folder_of_its_own(tmp_path):
 ########################################################################################################
 
 
+@pytest.mark.database("sqlite")
 def test_the_database_is_for_the_hubs_user_only(make_hub, tmp_path):
     hub = make_hub(database=f"sqlite:///{tmp_path}/hub.sqlite")
     with hub.connected():
@@ -830,17 +961,16 @@ def test_the_database_is_for_the_hubs_user_only(make_hub, tmp_path):
     assert modes == dict.fromkeys(("hub.sqlite", "hub.sqlite-wal", "hub.sqlite-shm"), 0o600)
 
 
+@pytest.mark.database("sqlite")
 def test_sqlite_is_set_up_for_several_processes(hub):
     with hub.connected():
-        if not isinstance(hub.database, minihub.pw.SqliteDatabase):
-            pytest.skip("about SQLite")
         pragmas = [hub.database.execute_sql(f"PRAGMA {name}").fetchone()[0]
                    for name in ("journal_mode", "foreign_keys", "busy_timeout")]
     assert pragmas == ["wal", 1, 15000]
 
 
-def test_a_database_of_a_newer_minihub_is_refused(make_hub, tmp_path):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
+def test_a_database_of_a_newer_minihub_is_refused(make_hub, make_database):
+    url = make_database()
     hub = make_hub(database=url)
     with hub.connected():
         minihub.store("schema_version", len(minihub.MIGRATIONS) + 2)
@@ -848,8 +978,8 @@ def test_a_database_of_a_newer_minihub_is_refused(make_hub, tmp_path):
         make_hub(database=url)
 
 
-def test_a_database_of_the_same_minihub_is_opened_again(make_hub, tmp_path):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
+def test_a_database_of_the_same_minihub_is_opened_again(make_hub, make_database):
+    url = make_database()
     people(make_hub(database=url))
     again = make_hub(database=url)
     with again.connected():
@@ -907,6 +1037,7 @@ def columns_of_groups(hub):
         return [column.name for column in hub.database.get_columns("groups")]
 
 
+@pytest.mark.database("sqlite")
 def test_a_database_of_an_older_minihub_is_upgraded_after_a_copy_was_set_aside(make_hub, tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path}/hub.sqlite"
     people(make_hub(database=url))
@@ -920,21 +1051,23 @@ def test_a_database_of_an_older_minihub_is_upgraded_after_a_copy_was_set_aside(m
         assert columns_of_groups(old) == ["id", "name"] and old.get_user("ada")
 
 
-def test_an_upgrade_is_made_once(make_hub, tmp_path, monkeypatch):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
+def test_an_upgrade_is_made_once(make_hub, make_database, monkeypatch):
+    url = make_database()
     make_hub(database=url)
     monkeypatch.setattr(minihub, "MIGRATIONS", (add_a_column,))
     assert columns_of_groups(make_hub(database=url)) == columns_of_groups(make_hub(database=url))
 
 
-def test_an_upgrade_that_fails_changes_nothing(make_hub, tmp_path, monkeypatch):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
+def test_an_upgrade_that_fails_changes_nothing_and_can_be_tried_again(make_hub, make_database, monkeypatch):
+    url = make_database()
     make_hub(database=url)
     monkeypatch.setattr(minihub, "MIGRATIONS", (add_a_column, lambda database: database.execute_sql("nonsense")))
     with pytest.raises(minihub.SettingError, match="nonsense"):
         make_hub(database=url)
     monkeypatch.setattr(minihub, "MIGRATIONS", ())
     assert columns_of_groups(make_hub(database=url)) == ["id", "name"]
+    monkeypatch.setattr(minihub, "MIGRATIONS", (add_a_column,))
+    assert columns_of_groups(make_hub(database=url)) == ["id", "name", "colour"]
 
 
 ########################################################################################################
@@ -3061,8 +3194,8 @@ def test_whoever_waits_is_told_when_it_takes_too_long(hub):
     assert hub.wait_until(lambda: False, 0.06) is False
 
 
-def test_configured_admins_are_there_from_the_start(make_hub, tmp_path):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
+def test_configured_admins_are_there_from_the_start(make_hub, make_database):
+    url = make_database()
     people(make_hub(database=url))
     hub = make_hub(database=url, admins=["Ada", "Grace"])
     with hub.connected():
@@ -3070,8 +3203,9 @@ def test_configured_admins_are_there_from_the_start(make_hub, tmp_path):
         assert not hub.create_user("eve").admin
 
 
-def test_one_worker_ticks_at_a_time(make_hub, tmp_path, pass_time):
-    hubs = [make_hub(database=f"sqlite:///{tmp_path}/hub.sqlite") for _ in range(2)]
+def test_one_worker_ticks_at_a_time(make_hub, make_database, pass_time):
+    url = make_database()
+    hubs = [make_hub(database=url) for _ in range(2)]
 
     def tick(hub):
         with hub.connected():
@@ -3104,9 +3238,10 @@ def test_the_ticker_throws_away_what_has_expired(opened, pass_time):
     assert (minihub.OAuthCode.select().count(), minihub.Failure.select().count()) == (0, 0)
 
 
-def test_a_fresh_hub_says_once_how_to_become_its_admin(make_hub, tmp_path, caplog):
+def test_a_fresh_hub_says_once_how_to_become_its_admin(make_hub, make_database, caplog):
+    url = make_database()
     for _ in range(2):
-        hub = make_hub(database=f"sqlite:///{tmp_path}/hub.sqlite")
+        hub = make_hub(database=url)
         with hub.connected():
             hub.announce_first_admin()
     links = re.findall(r"http://\S+/hub/link/\S+", caplog.text)
@@ -3688,10 +3823,10 @@ def test_an_admin_service_acts_for_users(served):
     boss("DELETE", "/users/ada", status=204)
 
 
-def test_a_service_that_is_no_longer_in_the_settings_is_gone(make_hub, tmp_path):
-    database = f"sqlite:///{tmp_path}/hub.sqlite"
-    people(make_hub(database=database, services=[{"name": "old", "api_token": "old-token"}]))
-    hub = make_hub(database=database)
+def test_a_service_that_is_no_longer_in_the_settings_is_gone(make_hub, make_database):
+    url = make_database()
+    people(make_hub(database=url, services=[{"name": "old", "api_token": "old-token"}]))
+    hub = make_hub(database=url)
     Api(hub, "old-token")("GET", "/user", status=403)
 
 
@@ -5854,17 +5989,16 @@ def test_a_failed_start_shows_its_log_in_the_browser(live, tmp_path, chromium, s
 SOURCE = Path(minihub.__file__).read_text()
 
 
-def section_of(line):
-    """The number of the section that a line of minihub.py is in."""
-    banners = [(number, re.match(r"# (\d+)\. ", text)) for number, text in enumerate(SOURCE.splitlines(), 1)]
-    return [int(banner[1]) for number, banner in banners if banner and number <= line][-1]
+def section_of(line, source):
+    """The number of the section that a line is in."""
+    return [section for number, section in banners_of(source) if number <= line][-1]
 
 
 def sections_using(name):
     """The numbers of the sections in which a name, or a module's attribute, occurs."""
     found = [node for node in ast.walk(ast.parse(SOURCE))
              if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) == name]
-    return {section_of(node.lineno) for node in found}
+    return {section_of(node.lineno, SOURCE) for node in found}
 
 
 @pytest.mark.parametrize(("name", "sections"), [
@@ -5999,6 +6133,28 @@ def test_without_its_database_the_hub_says_so(hub, monkeypatch, path, kind, text
     monkeypatch.undo()
     assert (response.content_type, response.text) == (kind, text)
     assert (response.headers["Retry-After"], response.headers["X-JupyterHub-Version"]) == ("5", "1.5.1")
+
+
+@pytest.mark.database("postgres")
+@pytest.mark.parametrize("path", ["/hub/api/users", "/user/ada/lab", "/hub/health"])
+def test_a_connection_that_the_database_has_ended_is_made_anew(hub, root, postgres, path):
+    root("GET", "/users")
+    with contextlib.closing(postgres.connect(hub.database.database)) as connection:
+        assert end_hubs_of(connection) == 1
+    root.app.get(path, headers={"Authorization": f"token {root.token}"}, status=503)
+    assert len(root("GET", "/users").json) == 3
+
+
+@pytest.mark.database("postgres")
+def test_the_ticker_gets_over_the_end_of_its_connection(make_hub, spawner, postgres):
+    hub = people(make_hub(tick_interval=0.01))
+    Api(hub, token_for(hub, "ada"))("POST", "/users/ada/server", status=201)
+    with contextlib.closing(postgres.connect(hub.database.database)) as connection:
+        assert end_hubs_of(connection) >= 1
+    spawner.end_all()
+    with contextlib.closing(postgres.connect(hub.database.database)) as connection:
+        wait_for(lambda: ("stopped",) in ask_postgres(connection, "SELECT status FROM servers WHERE user_id = 2"))
+    hub._ticking.set()
 
 
 def test_a_hub_ticks_by_itself_after_its_first_request(make_hub, spawner):
