@@ -2184,11 +2184,14 @@ class HubCore:
         return User.get_or_none((User.id == user_id) & (User.session_key == session_key))
 
     def set_password(self, user: User, password: str) -> None:
-        """Give the user a new password, which ends all sessions and sign-in links. Raises BadRequest for a weak one."""
+        """Give the user a new password, which ends all sign-ins, to servers too, and links. Raises BadRequest for a weak one."""
         if len(password) < 8 or len(password) > 1000 or password.strip().lower() == user.name:
             raise BadRequest("Choose a password of at least 8 characters that is not your name")
         user.password, user.session_key = hash_password(password), new_token()
-        user.save(only=[User.password, User.session_key])
+        with self.database.atomic():
+            user.save(only=[User.password, User.session_key])
+            OAuthCode.delete().where(OAuthCode.user == user).execute()
+            Token.delete().where((Token.user == user) & Token.client.is_null(False)).execute()
         log.info("user %s has a new password", user.name)
 
     def _link_signer(self):
@@ -2266,7 +2269,10 @@ class HubCore:
 
     def exchange_token(self, token: str, identity: Identity, data: dict[str, Any]) -> str:
         """What the server that a route's `data` names may see of a token: one that proves the same identity, but only
-        to that server, and ends with the token; or '' for an identity that may not enter."""
+        to that server, and ends with the token; or '' for an identity that may not enter. An OAuth token opens what it
+        was given for and no more: the server or service that has it could go on to all others in its owner's name."""
+        if identity.client:
+            return ""
         owner = self.get_user(data.get("user", ""))
         client = owner and OAuthClient.select().join(Server).where(
             (Server.user == owner) & (Server.name == data["server_name"])).first()
@@ -2291,7 +2297,9 @@ class HubCore:
         me = f"!{identity.kind}={identity.name}"
         scopes = [f"read:{identity.kind}s:name{me}", f"read:{identity.kind}s:groups{me}"]
         if identity.client_server:
-            return [f"access:servers!server={identity.client_server}", *scopes]
+            own = (identity.kind, identity.name) == ("user", identity.client_server.partition("/")[0])
+            may_enter = own or (identity.admin and self.settings.admin_access)  # still, as people cease to be admins
+            return [f"access:servers!server={identity.client_server}"] * may_enter + scopes
         if identity.client_service:
             return [f"access:services!service={identity.client_service}", *scopes]
         everywhere = ["access:servers"] if identity.admin and self.settings.admin_access else []
@@ -3249,7 +3257,9 @@ def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, A
         return environ
     token = token_in(environ.get("HTTP_AUTHORIZATION"))
     if token and (identity := hub.identify_token(token)) and not is_for_server(identity, data):
-        environ["HTTP_AUTHORIZATION"] = f"token {hub.exchange_token(token, identity, data)}"
+        del environ["HTTP_AUTHORIZATION"]
+        if exchanged := hub.exchange_token(token, identity, data):
+            environ["HTTP_AUTHORIZATION"] = f"token {exchanged}"
     if "token=" in environ.get("QUERY_STRING", ""):
         _exchange_in_query(hub, environ, data)
     return environ
