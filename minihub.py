@@ -925,7 +925,7 @@ def poll_process(state: dict[str, Any]) -> int | None:
         return None
     try:
         status = int(Path(f"{state['run']}.exit").read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return -signal.SIGKILL
     return 128 - status if status > 128 else status  # how a shell spells the signal that ended a command
 
@@ -1009,10 +1009,11 @@ class SubprocessSpawner(Spawner):
         """The state of a process whose start was interrupted: its supervisor has written down who it is."""
         run = self._run_file(server)
         try:
-            pid, target = run.with_name(f"{run.name}.pid").read_text().split()
-        except (FileNotFoundError, ValueError):
+            number, target = run.with_name(f"{run.name}.pid").read_text().split()
+            pid = int(number)
+        except (OSError, ValueError):
             return None
-        state = {**process_state(run, int(pid)), "target": target}
+        state = {**process_state(run, pid), "target": target}
         # The number may be somebody else's by now; the supervisor's command line holds the name of this launch.
         return state if str(run) in command_line(state["pid"]) else {**state, "identity": None}
 
@@ -2524,7 +2525,8 @@ class HubCore:
         self._revoke(server)
         note = f"Server at {server.prefix}"
         token, _ = self.create_token(server.user, note, server=server)
-        client_id = f"jupyterhub-user-{quote(server.user.name)}" + (f"-{quote(server.name)}" if server.name else "")
+        owner = quote(server.user.name).replace("-", "%2D")  # or ada's server gpu would take the place of ada-gpu's
+        client_id = f"jupyterhub-user-{owner}" + (f"-{quote(server.name)}" if server.name else "")
         callback = f"{server.prefix}oauth_callback"
         OAuthClient.create(identifier=client_id, secret=hash_token(token), redirect_uri=callback, description=note,
                            server=server)
@@ -2606,7 +2608,10 @@ class HubCore:
         """Finish a start whose worker was killed between the row and the process."""
         if seconds_since(server.changed) < INTERRUPTED_AFTER:
             return
-        state = self.spawner.find(Launch(server.launch, server.user, server.name, None, server.prefix, 0, {}))
+        launch = Launch(server.launch, server.user, server.name, None, server.prefix, 0, {})
+        state = self._ask(server, self.spawner.find, launch, otherwise={})
+        if state == {}:
+            return  # nobody can tell whether it runs
         if state:
             self._adopt(server, state)
         elif self._move(server, "spawning", launch=new_token(), changed=now()):
