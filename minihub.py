@@ -964,7 +964,7 @@ def poll_process(state: dict[str, Any]) -> int | None:
         return None
     try:
         status = int(Path(f"{state['run']}.exit").read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return -signal.SIGKILL
     return 128 - status if status > 128 else status  # how a shell spells the signal that ended a command
 
@@ -1049,10 +1049,11 @@ class SubprocessSpawner(Spawner):
         """The state of a process whose start was interrupted: its supervisor has written down who it is."""
         run = self._run_file(server)
         try:
-            pid, target = run.with_name(f"{run.name}.pid").read_text().split()
-        except (FileNotFoundError, ValueError):
+            number, target = run.with_name(f"{run.name}.pid").read_text().split()
+            pid = int(number)
+        except (OSError, ValueError):
             return None
-        state = {**process_state(run, int(pid)), "target": target}
+        state = {**process_state(run, pid), "target": target}
         # The number may be somebody else's by now; the supervisor's command line holds the name of this launch.
         return state if str(run) in command_line(state["pid"]) else {**state, "identity": None}
 
@@ -2229,11 +2230,14 @@ class HubCore:
         return User.get_or_none((User.id == user_id) & (User.session_key == session_key))
 
     def set_password(self, user: User, password: str) -> None:
-        """Give the user a new password, which ends all sessions and sign-in links. Raises BadRequest for a weak one."""
+        """Give the user a new password, which ends all sign-ins, to servers too, and links. Raises BadRequest for a weak one."""
         if len(password) < 8 or len(password) > 1000 or password.strip().lower() == user.name:
             raise BadRequest("Choose a password of at least 8 characters that is not your name")
         user.password, user.session_key = hash_password(password), new_token()
-        user.save(only=[User.password, User.session_key])
+        with self.database.atomic():
+            user.save(only=[User.password, User.session_key])
+            OAuthCode.delete().where(OAuthCode.user == user).execute()
+            Token.delete().where((Token.user == user) & Token.client.is_null(False)).execute()
         log.info("user %s has a new password", user.name)
 
     def _link_signer(self):
@@ -2311,7 +2315,10 @@ class HubCore:
 
     def exchange_token(self, token: str, identity: Identity, data: dict[str, Any]) -> str:
         """What the server that a route's `data` names may see of a token: one that proves the same identity, but only
-        to that server, and ends with the token; or '' for an identity that may not enter."""
+        to that server, and ends with the token; or '' for an identity that may not enter. An OAuth token opens what it
+        was given for and no more: the server or service that has it could go on to all others in its owner's name."""
+        if identity.client:
+            return ""
         owner = self.get_user(data.get("user", ""))
         client = owner and OAuthClient.select().join(Server).where(
             (Server.user == owner) & (Server.name == data["server_name"])).first()
@@ -2336,7 +2343,9 @@ class HubCore:
         me = f"!{identity.kind}={identity.name}"
         scopes = [f"read:{identity.kind}s:name{me}", f"read:{identity.kind}s:groups{me}"]
         if identity.client_server:
-            return [f"access:servers!server={identity.client_server}", *scopes]
+            own = (identity.kind, identity.name) == ("user", identity.client_server.partition("/")[0])
+            may_enter = own or (identity.admin and self.settings.admin_access)  # still, as people cease to be admins
+            return [f"access:servers!server={identity.client_server}"] * may_enter + scopes
         if identity.client_service:
             return [f"access:services!service={identity.client_service}", *scopes]
         everywhere = ["access:servers"] if identity.admin and self.settings.admin_access else []
@@ -2562,9 +2571,8 @@ class HubCore:
         self._revoke(server)
         note = f"Server at {server.prefix}"
         token, _ = self.create_token(server.user, note, server=server)
-        # The hyphen before the server's name must be the first: ada's server `gpu` is not the user `ada-gpu`.
-        client_id = f"jupyterhub-user-{quote(server.user.name).replace('-', '%2D')}"
-        client_id += f"-{quote(server.name)}" if server.name else ""
+        owner = quote(server.user.name).replace("-", "%2D")  # or ada's server gpu would take the place of ada-gpu's
+        client_id = f"jupyterhub-user-{owner}" + (f"-{quote(server.name)}" if server.name else "")
         callback = f"{server.prefix}oauth_callback"
         OAuthClient.create(identifier=client_id, secret=hash_token(token), redirect_uri=callback, description=note,
                            server=server)
@@ -2646,9 +2654,9 @@ class HubCore:
         if seconds_since(server.changed) < INTERRUPTED_AFTER:
             return
         launch = Launch(server.launch, server.user, server.name, None, server.prefix, 0, {})
-        found, state = self._ask(server, lambda: (True, self.spawner.find(launch)), otherwise=(False, None))
-        if not found:
-            return  # while nobody can tell, another process might be one too many
+        state = self._ask(server, self.spawner.find, launch, otherwise={})
+        if state == {}:
+            return  # nobody can tell whether it runs
         if state:
             self._adopt(server, state, state["target"])
         elif self._move(server, "spawning", launch=new_token(), changed=now()):
@@ -3294,7 +3302,9 @@ def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, A
         return environ
     token = token_in(environ.get("HTTP_AUTHORIZATION"))
     if token and (identity := hub.identify_token(token)) and not is_for_server(identity, data):
-        environ["HTTP_AUTHORIZATION"] = f"token {hub.exchange_token(token, identity, data)}"
+        del environ["HTTP_AUTHORIZATION"]
+        if exchanged := hub.exchange_token(token, identity, data):
+            environ["HTTP_AUTHORIZATION"] = f"token {exchanged}"
     if "token=" in environ.get("QUERY_STRING", ""):
         _exchange_in_query(hub, environ, data)
     return environ

@@ -1423,6 +1423,30 @@ def test_an_interrupted_start_is_not_taken_for_the_stranger_who_has_its_process_
     assert spawner.poll(stranger) is None
 
 
+@pytest.mark.parametrize("content", ["", "x http://127.0.0.1:1", "0 http://127.0.0.1:1", "-1 http://127.0.0.1:1",
+                                     "1 http://127.0.0.1:1", "9" * 30 + " http://127.0.0.1:1", "1 2 3", "\0", None])
+def test_nobody_is_signalled_for_a_process_id_that_a_student_has_made_up(processes, monkeypatch, tmp_path, content):
+    spawner = processes("sleep 60 {port}", run_dir=str(tmp_path / "planted"))  # where the fixture will not clean up
+    launch, signalled = launch_of(), []
+    monkeypatch.setattr(os, "killpg", lambda *what: signalled.append(what))
+    place = Path(f"{spawner._run_file(launch)}.pid")
+    place.parent.mkdir(parents=True)
+    place.mkdir() if content is None else place.write_text(content)
+    found = spawner.find(launch)
+    if found:
+        assert spawner.poll(spawner.stop(found, now=True)) == -9
+    assert signalled == []
+
+
+@pytest.mark.parametrize("make", [lambda place: place.write_text("x"), lambda place: place.mkdir(), lambda place: None])
+def test_a_process_without_a_readable_exit_status_has_been_killed(processes, make):
+    spawner, launch = processes("sleep 60 {port}"), launch_of()
+    state = spawner.start(launch)
+    spawner.stop(state, now=True)
+    make(Path(f"{state['run']}.exit"))
+    assert ends_with(spawner, state) == -9
+
+
 def test_a_start_fails_where_no_folder_can_be_made(processes, tmp_path):
     (tmp_path / "homes").write_text("a file")
     with pytest.raises(OSError):
@@ -2210,7 +2234,7 @@ def test_a_token_of_somebody_who_may_not_enter_is_taken_away(carried):
     carried.command("link", "eve")
     token = carried.command("token", "eve")
     got = echoed(carried, path=f"?token={token}", headers={"Authorization": f"token {token}"})
-    assert (dict(got["headers"])["Authorization"], got["uri"]) == ("token", "/user/ada/echo?token=")
+    assert (dict(got["headers"]).get("Authorization"), got["uri"]) == (None, "/user/ada/echo?token=")
 
 
 @pytest.mark.parametrize("value", ["token abc", "Bearer abc", "Basic YWRhOnNlY3JldA=="])
@@ -3046,6 +3070,18 @@ def test_a_process_that_an_interrupted_start_left_is_taken_over(opened, spawner)
     assert (opened.observe(server).status, server.launch, spawner.launches) == ("ready", "first", [])
 
 
+def test_an_interrupted_start_waits_for_an_engine_that_does_not_answer(opened, root, spawner):
+    def find(launch):
+        raise OSError("the engine is away")
+
+    spawner.find = find
+    interrupted(opened, minihub.INTERRUPTED_AFTER + 1)
+    assert root("GET", "/users").json[1]["pending"] == "spawn" and not spawner.launches
+    del spawner.find
+    root("GET", "/users")
+    assert len(spawner.launches) == 1
+
+
 def test_an_interrupted_start_can_be_given_up(opened, spawner):
     server = interrupted(opened, 1)
     opened.stop(server)
@@ -3122,6 +3158,15 @@ def test_a_server_starts_with_all_that_jupyterhub_singleuser_reads(make_hub, spa
         "JUPYTERHUB_OAUTH_CLIENT_ALLOWED_SCOPES": "[]", "JUPYTERHUB_ADMIN_ACCESS": "1",
         "JUPYTERHUB_PUBLIC_URL": "https://hub.example/lab/user/a@b%20c/gpu/",
         "JUPYTERHUB_PUBLIC_HUB_URL": "https://hub.example/lab/hub/", "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0"}
+
+
+def test_a_named_server_takes_nobodys_place(opened, spawner):
+    opened.create_user("ada-gpu"), opened.create_user("ada-gpu-x")
+    servers = [running(opened, *what) for what in (("ada", "gpu"), ("ada-gpu",), ("ada", "gpu-x"), ("ada-gpu", "x"), ("ada-gpu-x",))]
+    assert [server.status for server in servers] == ["ready"] * 5
+    assert [launch.variables["JUPYTERHUB_CLIENT_ID"] for launch in spawner.launches] == [
+        "jupyterhub-user-ada-gpu", "jupyterhub-user-ada%2Dgpu", "jupyterhub-user-ada-gpu-x", "jupyterhub-user-ada%2Dgpu-x",
+        "jupyterhub-user-ada%2Dgpu%2Dx"]
 
 
 def test_a_server_is_not_told_of_admins_who_may_not_enter(make_hub, spawner):
@@ -3687,7 +3732,7 @@ def seen_by_server(hub, token):
     environ = {"HTTP_AUTHORIZATION": f"Bearer {token}", "QUERY_STRING": f"token={token}&x=1",
                "HTTP_COOKIE": "jupyterhub-hub-login=x; mine=1; jupyterhub-services=x; jupyterhub-session-id=y"}
     seen = minihub.without_hub_secrets(hub, environ, {"user": "ada", "server_name": ""})
-    return seen["HTTP_AUTHORIZATION"], seen["QUERY_STRING"], seen["HTTP_COOKIE"]
+    return seen.get("HTTP_AUTHORIZATION"), seen["QUERY_STRING"], seen["HTTP_COOKIE"]
 
 
 @pytest.mark.parametrize("name", ["ada", "root"])
@@ -3707,7 +3752,39 @@ def test_a_server_sees_a_token_that_is_good_for_itself_only(opened, name):
 def test_a_server_sees_no_token_of_those_who_may_not_enter(opened):
     running(opened)
     token, _ = opened.create_token(opened.find_user("bob"))
-    assert seen_by_server(opened, token)[:2] == ("token ", "token=&x=1")
+    assert seen_by_server(opened, token)[:2] == (None, "token=&x=1")
+
+
+def test_what_a_server_was_given_opens_no_other_server(hub):
+    token = oauth_token(hub, "root", owner="bob")  # the admin has been in bob's server, which now goes on to ada's
+    with hub.connected():
+        running(hub)
+        assert seen_by_server(hub, token)[:2] == (None, "token=&x=1")
+
+
+def test_what_a_server_was_given_is_passed_on_to_that_server(hub):
+    token = oauth_token(hub, "root", owner="ada")
+    with hub.connected():
+        assert seen_by_server(hub, token)[:2] == (f"Bearer {token}", f"token={token}&x=1")
+
+
+@pytest.mark.parametrize(("admin", "scopes"), [
+    (True, ["access:servers!server=ada/", "read:users:name!user=bob", "read:users:groups!user=bob"]),
+    (False, ["read:users:name!user=bob", "read:users:groups!user=bob"])])
+def test_an_oauth_token_opens_a_server_only_as_long_as_its_owner_may(hub, root, admin, scopes):
+    root("PATCH", "/users/bob", {"admin": True})
+    token = oauth_token(hub, "bob", owner="ada")
+    root("PATCH", "/users/bob", {"admin": admin})
+    assert Api(hub, token)("GET", "/user").json["scopes"] == scopes
+
+
+def test_a_new_password_ends_what_browsers_were_given_and_no_api_token(hub, ada):
+    with hub.connected():
+        tokens = oauth_token(hub, "ada"), oauth_token(hub, "root", owner="ada")
+        hub.set_password(hub.find_user("ada"), "a new password")
+    Api(hub, tokens[0])("GET", "/user", status=403)
+    assert Api(hub, tokens[1])("GET", "/user").json["name"] == "root"
+    assert ada("GET", "/user").json["name"] == "ada"
 
 
 def test_a_server_sees_tokens_that_are_not_the_hubs(opened):
@@ -5320,7 +5397,7 @@ def test_a_sign_in_link_is_good_for_a_week(hub, monkeypatch, age, status):
     pages_of(hub).get(link, status=status)
 
 
-@pytest.mark.parametrize("change", [lambda link: link[:-1] + ("A" if link[-1] != "A" else "B"), lambda link: link + "x",
+@pytest.mark.parametrize("change", [lambda link: link[:-2] + ("A" if link[-2] != "A" else "B") + link[-1], lambda link: link + "x",
                                     lambda link: "/hub/link/nonsense", lambda link: "/hub/link/" + "é"])
 def test_a_forged_sign_in_link_is_refused(hub, change):
     response = pages_of(hub).get(quote(change(link_of(hub, "ada")), safe="/"), status=403)
