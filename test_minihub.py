@@ -6058,6 +6058,31 @@ def test_a_failed_start_shows_its_log_in_the_browser(live, tmp_path, chromium, s
     assert page.inner_text("pre") == "No module named antigravity"
 
 
+@needs_chp
+@needs_singleuser
+def test_jupyterlab_works_through_a_real_proxy_that_dies_and_comes_back(live, chromium):
+    front, api = minihub.free_port(), minihub.free_port()
+    hub = live(authenticator="dummy", password=PASSWORD, proxy="chp", chp_api_url=f"http://127.0.0.1:{api}",
+               chp_command=f"{CHP} --ip 127.0.0.1 --port {front}")
+    hub.front = front
+    wait_for(lambda: through(hub, "/hub/login") == 200)
+    ada = chromium()
+    ada.goto(f"http://127.0.0.1:{front}/hub/login")
+    sign_in_page(ada, "ada")
+    start_lab(ada)
+    assert run_cell(ada, "x = 42; print(x)") == "42"
+
+    os.killpg(proxy_process(hub)["pid"], signal.SIGKILL)
+    wait_for(lambda: through(hub, "/user/ada/api") is None)
+    wait_for(lambda: through(hub, "/user/ada/api") == 200)
+    ada.reload()
+    ada.wait_for_selector("#jp-main-statusbar >> text=/Idle/")
+    ada.click(".jp-Notebook .cm-content >> nth=-1")
+    ada.keyboard.type("print(x + 1)")
+    ada.keyboard.press("Shift+Enter")
+    ada.wait_for_selector(".jp-OutputArea-output:has-text('43')")
+
+
 ########################################################################################################
 # 13. The WSGI application
 ########################################################################################################
