@@ -550,7 +550,11 @@ class JSONField(pw.TextField):
 
 
 class Row(pw.Model):
-    """The base of all models."""
+    """The base of all models.
+
+    What goes through rows and writes meanwhile makes a list of them first: SQLite, where a query is still open, does not
+    wait for another writer but says at once that the database is locked.
+    """
 
     class Meta:
         """Every table lives in the current hub's database; its name is the class's, in the plural."""
@@ -716,6 +720,9 @@ MODELS = (Setting, Lease, Failure, User, Group, Membership, Server, Service, OAu
 
 #: What a database that is gone, locked, full or read-only raises.
 DatabaseTrouble = (pw.OperationalError, pw.InterfaceError, pw.InternalError)
+
+#: What a row raises when another request deletes, in this moment, what it belongs to.
+Overtaken = (pw.DoesNotExist, pw.IntegrityError)
 
 
 def open_database(url: str) -> pw.Database:
@@ -2095,6 +2102,7 @@ class HubCore:
         renamed = changes.get("name", user.name) != user.name
         try:
             with self.database.atomic():
+                self._hold(user)
                 if renamed and user.servers.where(Server.status.in_(ACTIVE)).exists():
                     raise BadRequest(f"Stop the servers of {user.name} before giving them another name")
                 if changes:
@@ -2108,10 +2116,11 @@ class HubCore:
 
     def delete_user(self, user: User, wait: float) -> None:
         """Stop the user's servers, then forget the user; the home stays. Raises BadRequest while one is stopping."""
-        for server in user.servers:
+        for server in self._all_servers(user):
             self.stop(server)
         self.wait_until(lambda: not self.active_servers(user), wait)
         with self.database.atomic():
+            self._hold(user)
             if user.servers.where(Server.status.in_(ACTIVE)).exists():
                 raise BadRequest(f"{user.name}'s server is in the process of stopping, please wait.")
             user.delete_instance()
@@ -2119,7 +2128,7 @@ class HubCore:
 
     def active_servers(self, user: User) -> list[Server]:
         """The user's servers that are not stopped, each observed just now."""
-        return [server for server in user.servers if self.observe(server).status in ACTIVE]
+        return [server for server in self._all_servers(user) if self.observe(server).status in ACTIVE]
 
     # Groups
 
@@ -2366,7 +2375,10 @@ class HubCore:
         """The user's tokens that are still good, least recently used first."""
         Token.delete().where((Token.user == user) & (Token.expires_at <= now())).execute()
         rows = Token.select(Token, OAuthClient).join(OAuthClient, pw.JOIN.LEFT_OUTER).where(Token.user == user)
-        return sorted(rows, key=lambda row: row.last_activity or row.created)
+        tokens = sorted(rows, key=lambda row: row.last_activity or row.created)
+        for token in tokens:
+            token.user = user
+        return tokens
 
     def delete_token(self, token: Token) -> None:
         """Revoke a token; an OAuth token goes with all of the user's for the same client."""
@@ -2463,7 +2475,7 @@ class HubCore:
 
     def servers_of(self, user: User) -> list[Server]:
         """The user's servers, each observed just now, the default one first."""
-        return [self.observe(server) for server in user.servers.order_by(Server.name)]
+        return [self.observe(server) for server in self._all_servers(user)]
 
     def running_servers(self) -> dict[int, list[Server]]:
         """All servers that are not stopped, by the id of their user."""
@@ -2474,7 +2486,16 @@ class HubCore:
 
     def get_server(self, user: User, name: str) -> Server | None:
         """The user's server of that name; the default one, named "", has existed as long as the user."""
-        return Server.get_or_none((Server.user == user) & (Server.name == storable(name)))
+        server = Server.get_or_none((Server.user == user) & (Server.name == storable(name)))
+        if server:
+            server.user = user  # who may be deleted in this moment
+        return server
+
+    def _all_servers(self, user):
+        servers = list(user.servers.order_by(Server.name))
+        for server in servers:
+            server.user = user
+        return servers
 
     def find_server(self, user: User, name: str) -> Server:
         """The user's server of that name. Raises NotFound."""
@@ -2519,12 +2540,20 @@ class HubCore:
         self._check_spawn_limits()
         changes = {} if keep_options else {"user_options": options}
         prefix = self.mount.server_prefix(server.user.name, server.name)
-        if self._move(server, "spawning", launch=new_token(), attempts=1, failure="", prefix=prefix, started=now(),
-                      last_activity=None, **changes):
+        with self.database.atomic():
+            self._hold(server.user)
+            moved = self._move(server, "spawning", launch=new_token(), attempts=1, failure="", prefix=prefix, started=now(),
+                               last_activity=None, **changes)
+        if moved:
             log.info("server %s: starting", server.label)
             self._launch(server)
         elif server.status != "spawning":
             self.start(server, options, keep_options)
+
+    def _hold(self, user):
+        """Keep others from renaming or deleting the user until this transaction ends. Raises NotFound if they have."""
+        if not User.update(name=user.name).where((User.id == user.id) & (User.name == user.name)).execute():
+            raise NotFound(f"No such user: {user.name}")
 
     def _check_spawn_limits(self):
         limit = self.settings.concurrent_spawn_limit
@@ -2599,6 +2628,7 @@ class HubCore:
 
     def _adopt(self, server, state, target):
         """Write down the process of a start; if that start has been overtaken, end the process."""
+        launch = server.launch
         try:
             kept = self._move(server, "spawning", state=state, target=target)
         except pw.IntegrityError:  # another server was given the same port in the same moment
@@ -2607,6 +2637,8 @@ class HubCore:
             return
         if not kept:
             self.spawner.stop(state, now=True)
+        if server.status == "stopping" and server.launch == launch:  # it was given up, and whoever did that waits for this
+            self._end(server, "")
 
     def _try_again(self, server):
         """Start once more with another port, unless that has been tried often enough."""
@@ -2653,8 +2685,7 @@ class HubCore:
         """Finish a start whose worker was killed between the row and the process."""
         if seconds_since(server.changed) < INTERRUPTED_AFTER:
             return
-        launch = Launch(server.launch, server.user, server.name, None, server.prefix, 0, {})
-        state = self._ask(server, self.spawner.find, launch, otherwise={})
+        state = self._ask(server, self.spawner.find, self._launch_of(server), otherwise={})
         if state == {}:
             return  # nobody can tell whether it runs
         if state:
@@ -2662,6 +2693,10 @@ class HubCore:
         elif self._move(server, "spawning", launch=new_token(), changed=now()):
             log.warning("server %s: its start was interrupted and begins again", server.label)
             self._launch(server)
+
+    def _launch_of(self, server):
+        """The start that is under way, to find its process by."""
+        return Launch(server.launch, server.user, server.name, None, server.prefix, 0, {})
 
     def _ended_early(self, server, status):
         tail = self._log_tail(server)
@@ -2719,12 +2754,23 @@ class HubCore:
             self._delete_stopped(server)
 
     def _observe_stopping(self, server):
+        if server.state is None and not self._find_stopping(server):
+            return
         if server.state is None or self._poll(server) is not None:
             self._end(server, "")
             return
         state = self._ask(server, self.spawner.stop, server.state, otherwise=server.state)
         if state != server.state:
             self._move(server, "stopping", state=state)
+
+    def _find_stopping(self, server):
+        """Look for the process of a start that was given up before its worker could write it down. False: it may yet come."""
+        state = self._ask(server, self.spawner.find, self._launch_of(server), otherwise={})
+        if state == {}:
+            return False
+        if state:
+            return self._move(server, "stopping", state=state, target=state["target"])
+        return seconds_since(server.changed) > INTERRUPTED_AFTER
 
     def _end(self, server, failure):
         """The server is no more: its process, route and credentials go, the row stays, with the reason if it is a bad one."""
@@ -2756,7 +2802,7 @@ class HubCore:
         """Make the admins and services of the settings the hub's; what a hub that serves does first."""
         self._admit_configured_admins()
         with self.database.atomic():
-            for service in Service.select().where(Service.name.not_in([spec.name for spec in self.settings.services])):
+            for service in list(Service.select().where(Service.name.not_in([spec.name for spec in self.settings.services]))):
                 self._stop_service(service)
                 service.delete_instance()
             for spec in self.settings.services:
@@ -2802,7 +2848,7 @@ class HubCore:
 
     def _supervise_services(self):
         """Start the services that are the hub's to run and do not; later and later when they die again at once."""
-        for service in Service.select():
+        for service in list(Service.select()):
             spec = ServiceSpec.of(service.spec)
             if not spec.command:
                 continue
@@ -2977,7 +3023,7 @@ class HubCore:
     def observe_pending(self, user: User | None = None) -> None:
         """Observe what is on its way from one state to another: what every list does first."""
         pending = Server.select(Server, User).join(User).where(Server.status.in_(("spawning", "stopping")))
-        for server in pending.where(Server.user == user) if user else pending:
+        for server in list(pending.where(Server.user == user) if user else pending):
             with contextlib.suppress(NotFound):
                 self.observe(server)
 
@@ -3011,7 +3057,7 @@ class HubCore:
         self.observe_pending()
         if time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + POLL_READY_AFTER
-            for server in Server.select(Server, User).join(User).where(Server.status == "ready"):
+            for server in list(Server.select(Server, User).join(User).where(Server.status == "ready")):
                 with contextlib.suppress(NotFound):
                     self.observe(server)
                     self._cull(server)
@@ -4874,6 +4920,9 @@ class Hub(HubCore):
             log.error("the database does not answer: %s", error)
             self.disconnect()
             return 503, NO_DATABASE
+        if isinstance(error, Overtaken):
+            log.warning("%s %s was overtaken by another request", req.method, req.path, exc_info=error)
+            return 409, "Somebody else has changed this in the same moment. Look at it again"
         log.error("%s %s failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
 

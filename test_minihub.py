@@ -37,6 +37,7 @@ import time
 import wsgiref.simple_server
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 import pytest
@@ -3082,10 +3083,43 @@ def test_an_interrupted_start_waits_for_an_engine_that_does_not_answer(opened, r
     assert len(spawner.launches) == 1
 
 
-def test_an_interrupted_start_can_be_given_up(opened, spawner):
+def test_an_interrupted_start_can_be_given_up(opened, spawner, pass_time):
     server = interrupted(opened, 1)
     opened.stop(server)
-    assert (server.status, spawner.launches) == ("stopped", [])
+    assert (server.status, spawner.launches) == ("stopping", [])  # its process may still be about to begin
+    pass_time(minihub.INTERRUPTED_AFTER + 1)
+    assert (opened.observe(server).status, spawner.launches) == ("stopped", [])
+
+
+def test_a_process_that_an_interrupted_start_left_ends_with_a_start_that_is_given_up(opened, spawner):
+    spawner.running["first"] = "a process that nobody wrote down"
+    spawner.find = lambda launch: {"target": f"{spawner.address}/first", "launch": launch.id}
+    server = interrupted(opened, 1)
+    opened.stop(server)
+    assert (opened.observe(server).status, spawner.running) == ("stopped", {})
+
+
+def test_a_server_knows_its_user_even_when_that_is_deleted(opened):
+    server = server_of(opened)
+    opened.delete_user(opened.find_user("ada"), 0)
+    with pytest.raises(minihub.NotFound, match="^No such user: ada$"):
+        opened.start(server)
+
+
+def test_a_start_for_a_user_who_has_another_name_by_now_is_refused(opened, spawner):
+    server = server_of(opened)
+    opened.change_user(opened.find_user("ada"), {"name": "grace"})
+    with pytest.raises(minihub.NotFound, match="^No such user: ada$"):
+        opened.start(server)
+    assert (server_of(opened, "grace").status, spawner.launches) == ("stopped", [])
+
+
+def test_tokens_know_their_user_even_when_that_is_deleted(opened):
+    ada = opened.find_user("ada")
+    opened.create_token(ada)
+    token, = opened.tokens_of(ada)
+    opened.delete_user(opened.find_user("ada"), 0)
+    assert token.user.name == "ada"
 
 
 def test_many_who_start_a_server_at_once_start_it_once(hub, spawner):
@@ -6224,6 +6258,18 @@ def test_people_get_a_page_when_the_hub_fails(hub, browser, monkeypatch):
     assert (response.content_type, "ZeroDivisionError" in response.text) == ("text/html", False)
 
 
+def test_a_request_that_another_one_overtakes_says_so(hub, root, monkeypatch):
+    create_token = hub.create_token
+
+    def create_too_late(user, *values, **columns):
+        user.delete_instance()
+        return create_token(user, *values, **columns)
+
+    monkeypatch.setattr(hub, "create_token", create_too_late)
+    response = root("POST", "/users/ada/tokens", {}, status=409)
+    assert response.json == error(409, "Somebody else has changed this in the same moment. Look at it again")
+
+
 @pytest.mark.parametrize(("path", "kind", "text"), [
     ("/hub/api/user", "application/json", json.dumps(error(503, minihub.NO_DATABASE))), ("/hub/home", "text/plain", minihub.NO_DATABASE)])
 def test_without_its_database_the_hub_says_so(hub, monkeypatch, path, kind, text):
@@ -6277,6 +6323,154 @@ def test_a_hub_that_is_told_to_does_not_tick(hub, nobody):
     before = threading.active_count()
     nobody("GET", "/")
     assert (hub._ticking, threading.active_count()) == (None, before)
+
+
+#: A single-user server that starts in milliseconds and answers 200 to everything. Its arguments: the port, and how many
+#: seconds it takes to start; with a third one it does not end when it is interrupted.
+MOCK_SERVER = """
+import signal, socket, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN if len(sys.argv) > 3 else signal.SIG_DFL)
+time.sleep(float(sys.argv[2]))
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    connection, _ = listener.accept()
+    with connection:
+        try:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 4\\r\\n\\r\\nmock")
+        except OSError:
+            pass
+"""
+
+
+def start_mocked(live, folder, *options, seconds=0, stubborn="", **settings):
+    """A gunicorn whose servers are mock servers, with the admin root and the student ada; `.token` is root's."""
+    (folder / "mock.py").write_text(MOCK_SERVER)
+    command = f"{sys.executable} -IS {folder / 'mock.py'} {{port}} {seconds} {stubborn}"
+    hub = live(*options, **{"cmd": command, "admins": "root", **settings})
+    hub.command("link", "ada")
+    hub.token = hub.command("token", "root")
+    return hub
+
+
+def kill_all(hub):
+    """kill -9 to gunicorn and all its workers at once."""
+    os.killpg(hub.process.pid, signal.SIGKILL)
+    hub.process.wait(10)
+
+
+def all_processes():
+    """All processes: pid -> (parent, process group, state, command line)."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            found[int(folder.name)] = (int(parent), int(group), state, (folder / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def groups_in(folder):
+    """The process groups of the servers that run there, each with the commands in it."""
+    found = {}
+    for _, group, state, command in all_processes().values():
+        if state != "Z" and f"{folder}/" in command and "gunicorn" not in command:
+            found.setdefault(group, []).append(command)
+    return found
+
+
+def zombies_of(hub):
+    """The dead that gunicorn or its workers have not buried."""
+    family = {hub.process.pid, *hub.workers()}
+    return [pid for pid, (parent, _, state, _) in all_processes().items() if parent in family and state == "Z"]
+
+
+def status_of(hub, name="ada", server_name=""):
+    """The row's status, None if there is no such server."""
+    found = hub.rows("SELECT status FROM servers JOIN users ON users.id = user_id"
+                     f" WHERE users.name = '{name}' AND servers.name = '{server_name}'")
+    return found[0] if found else None
+
+
+def pid_of(hub, name="ada"):
+    """The process id of a user's default server."""
+    return hub.api("GET", f"/users/{name}", hub.token)[1]["servers"][""]["state"]["pid"]
+
+
+def at_once(*actions):
+    """What the actions return that begin at the same moment, each in a thread of its own."""
+    return in_threads(len(actions), lambda number: actions[number]())
+
+
+def chaos(hub, random, over, answers):
+    """A client that does what comes into its mind until it is over, and notes what it was answered."""
+    names = [f"student{number}" for number in range(12)]
+    while not over.is_set():
+        name, path = random.choice(names), random.choice(["server", "servers/a", "servers/b"])
+        method, path, body = random.choice([
+            ("POST", f"/users/{name}/{path}", None), ("POST", f"/users/{name}/{path}", {"size": 1}), ("POST", f"/users/{name}", None),
+            ("POST", "/users", {"usernames": random.sample(names, 3)}), ("DELETE", f"/users/{name}/{path}", None),
+            ("DELETE", f"/users/{name}/servers/a", {"remove": True}), ("PATCH", f"/users/{name}", {"name": random.choice(names)}),
+            ("DELETE", f"/users/{name}", None), ("POST", f"/users/{name}/tokens", {"note": "x"}),
+            ("GET", f"/users/{name}/tokens", None), ("GET", "/users", None), ("GET", f"/users/{name}", None),
+            ("GET", "/user", None), ("GET", "/proxy", None), ("POST", "/proxy", None)])
+        try:
+            answers.append((hub.api(method, path, hub.token, body)[0], method, path))
+        except (OSError, http.client.HTTPException):  # its worker was killed, or there is none
+            answers.append((0, method, path))
+
+
+def discrepancies(hub):
+    """What in rows, processes and routes does not agree, when all is quiet."""
+    with contextlib.closing(sqlite3.connect(hub.folder / "minihub.sqlite")) as database:
+        rows = database.execute("SELECT users.name, servers.name, status, state, prefix, target, servers.id FROM servers"
+                                " JOIN users ON users.id = user_id").fetchall()
+        routes = dict(database.execute("SELECT prefix, target FROM routes"))
+        tokens = [row[0] for row in database.execute("SELECT server_id FROM tokens WHERE server_id IS NOT NULL")]
+        clients = [row[0] for row in database.execute("SELECT server_id FROM oauthclients WHERE server_id IS NOT NULL")]
+    ready = [row for row in rows if row[2] == "ready"]
+    running = groups_in(hub.folder)
+    found = {
+        "pending": [row for row in rows if row[2] in ("spawning", "stopping")],
+        "prefixes": [row for row in ready if row[4] != f"/user/{row[0]}/" + (f"{row[1]}/" if row[1] else "")],
+        "states": [row for row in rows if row[2] == "stopped" and (row[3] or row[5])],
+        "routes": {route for route in routes.items() if route[0] != "/"} ^ {(row[4], row[5]) for row in ready},
+        "processes": running.keys() ^ {json.loads(row[3])["pid"] for row in ready},
+        "doubles": [commands for commands in running.values() if len(commands) != 2],  # the supervisor and its command
+        "tokens": sorted(tokens) != sorted(row[6] for row in ready), "clients": sorted(clients) != sorted(row[6] for row in ready),
+        "zombies": zombies_of(hub)}
+    return {what: wrong for what, wrong in found.items() if wrong}
+
+
+def test_in_chaos_nothing_is_lost(live, tmp_path):
+    seconds = float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10))
+    hub = start_mocked(live, tmp_path, "-w", "4", start_timeout=20)
+    hub.start_server("ada", hub.token)
+    kept, over, answers, random = pid_of(hub), threading.Event(), [], Random(4)
+    clients = [threading.Thread(target=chaos, args=(hub, Random(number), over, answers)) for number in range(6)]
+    for client in clients:
+        client.start()
+    begin = time.monotonic()
+    for restart_at in (seconds / 3, seconds * 2 / 3, seconds):
+        while time.monotonic() - begin < restart_at:
+            over.wait(random.uniform(0.2, 1.5))
+            for worker in random.sample(workers := hub.workers(), min(1, len(workers))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+        if restart_at < seconds:
+            kill_all(hub)
+            hub.start()
+    over.set()
+    for client in clients:
+        client.join(60)
+    with contextlib.suppress(pytest.fail.Exception):
+        wait_for(lambda: not discrepancies(hub), 40)
+    assert discrepancies(hub) == {}
+    assert [answer for answer in answers if answer[0] >= 500] == []
+    assert pid_of(hub) == kept and hub.request("GET", "/user/ada/").body == b"mock"
+    counts = [sum(1 for status, method, path in answers if status in good and method == verb and re.fullmatch(pattern, path))
+              for good, verb, pattern in (((201, 202), "POST", ".*/server.*"), ((202, 204), "DELETE", ".*/server.*"),
+                                          ((200,), "PATCH", ".*"), ((204,), "DELETE", r"/users/\w+"), ((200, 201), "POST", ".*/tokens"))]
+    assert min(counts) > 0, f"too little has happened: {counts}"
 
 
 ########################################################################################################
