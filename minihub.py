@@ -1195,21 +1195,31 @@ class Client:
             return cls(peer, scheme, host)
         said = [part.strip() for part in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         strangers = [address for address in said if not is_within(address, networks)]
-        return cls(strangers[-1] if strangers else said[0] if said else peer,
+        nearest = strangers[-1] if strangers else said[0] if said else peer
+        return cls(nearest if parsed_address(nearest) else peer,
                    last_said(environ, "HTTP_X_FORWARDED_PROTO", ("http", "https")) or scheme,
                    last_said(environ, "HTTP_X_FORWARDED_HOST") or host)
 
 
 def is_within(address: str, networks: Iterable) -> bool:
     """Whether the address lies in one of the networks; a unix socket's peer, which has none, does."""
-    if not address:
-        return True
+    parsed = parsed_address(address)
+    return not address or (parsed is not None and any(parsed in network for network in networks))
+
+
+def parsed_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a text is, or None; ::ffff:127.0.0.1, how a [::] socket sees it, is 127.0.0.1."""
     try:
-        parsed = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    plain = getattr(parsed, "ipv4_mapped", None) or parsed  # ::ffff:127.0.0.1 is how a [::] socket sees 127.0.0.1
-    return any(plain in network for network in networks)
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+def neighbourhood(address: str) -> str:
+    """All the addresses that whoever has this one has: of IPv6 a whole /64."""
+    parsed = parsed_address(address)
+    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed and parsed.version == 6 else address
 
 
 def last_said(environ, name, allowed=None):
@@ -1907,8 +1917,9 @@ LEASE = 5                 # seconds after which another worker ticks if this one
 STEADY_AFTER = 60         # seconds after which a service that still runs has not died at once
 CHECK_ROUTES_AFTER = 5    # seconds between two comparisons of the proxy's routes with those wanted
 MAX_ATTEMPTS = 3          # starts of a server whose port somebody else has taken
-FAILURES = (("{name} {address}", 5), ("{name}", 50), ("{address}", 200))  # who may fail how often ...
-FAILURES_FORGOTTEN = 300  # ... within so many seconds; a whole class can sit behind one address
+#: Who may fail how often. An address holds no blank, so that no name can be spelled to count as something else.
+FAILURES = (("address {address} name {name}", 5), ("name {name}", 50), ("address {address}", 200))
+FAILURES_FORGOTTEN = 300  # seconds for which they count; a whole class can sit behind one address
 
 
 class HubCore:
@@ -2192,14 +2203,14 @@ class HubCore:
         Raises TooMany when the name or the address has failed too often.
         """
         name = storable(self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH])
-        keys = {template.format(name=name, address=address): limit for template, limit in FAILURES}
+        keys = {template.format(name=name, address=neighbourhood(address)): limit for template, limit in FAILURES}
         self._check_failures(keys)
         found = self.authenticator.authenticate(credentials, environ)
         if found is None or not is_valid_name(self.authenticator.normalize(found)):
             self._count_failure(keys)
-            log.info("sign-in failed: %s from %s", name, address)
+            log.info("sign-in failed: %r from %s", name, address)  # a name that is none can hold a line break
             return None
-        Failure.delete().where(Failure.key == f"{name} {address}").execute()
+        Failure.delete().where(Failure.key == next(iter(keys))).execute()
         user = self.get_user(found)
         if user is None:
             if known_only:
@@ -4874,7 +4885,7 @@ class Hub(HubCore):
             log.error("the database does not answer: %s", error)
             self.disconnect()
             return 503, NO_DATABASE
-        log.error("%s %s failed", req.method, req.path, exc_info=error)
+        log.error("%s %r failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
 
     # The end

@@ -1686,6 +1686,9 @@ def test_the_mount_point_is_a_part_of_the_path():
     (("10.0.0.0/8",), "10.0.0.1", {"FOR": "10.0.0.8, 10.0.0.9"}, ("10.0.0.8", "http", "lab:8000")),
     (("10.0.0.1",), "10.0.0.1", {"PROTO": "https, http", "HOST": "a, b"}, ("10.0.0.1", "http", "b")),
     (("10.0.0.1",), "10.0.0.1", {"PROTO": "javascript", "FOR": " , "}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "7.7.7.7, unknown"}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "x" * 1000}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "<x>, 7.7.7.7"}, ("7.7.7.7", "http", "lab:8000")),
     (("127.0.0.1",), "::ffff:127.0.0.1", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
     (("::1",), "::1", {"FOR": "2001:db8::1"}, ("2001:db8::1", "http", "lab:8000")),
     (("127.0.0.1",), "", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
@@ -3366,7 +3369,8 @@ def test_failed_sign_ins_are_forgotten_after_a_good_one(opened):
 
 
 @pytest.mark.parametrize(("key", "limit", "refused", "let_in"), [
-    ("ada", 50, ("ada", "10.9.9.9"), ("bob", "10.9.9.9")), ("10.0.0.1", 200, ("bob", "10.0.0.1"), ("bob", "10.9.9.9"))])
+    ("name ada", 50, ("ada", "10.9.9.9"), ("bob", "10.9.9.9")),
+    ("address 10.0.0.1", 200, ("bob", "10.0.0.1"), ("bob", "10.9.9.9"))])
 def test_many_failures_stop_a_name_or_an_address(opened, key, limit, refused, let_in):
     for _ in range(limit):
         opened._count_failure({key: limit})
@@ -3374,10 +3378,27 @@ def test_many_failures_stop_a_name_or_an_address(opened, key, limit, refused, le
     assert sign_in(opened, let_in[0], password_of(let_in[0]), let_in[1]) == let_in[0]
 
 
-@pytest.mark.parametrize("name", ["\0", "x" * 1000, "\ud800", "\N{GRINNING FACE}" * 300])
-def test_odd_names_cannot_sign_in(opened, name):
+@pytest.mark.parametrize("name", ["\0", "x" * 1000, "\ud800", "\N{GRINNING FACE}" * 300, "a\nuser root signed in from ::1\x1b[2J"])
+def test_odd_names_cannot_sign_in(opened, caplog, name):
+    caplog.set_level("INFO")
     assert sign_in(opened, name, "wrong") is None
-    assert max(len(row.key) for row in minihub.Failure.select()) <= 255 + len(" 10.0.0.1")
+    assert max(len(row.key) for row in minihub.Failure.select()) < 300
+    assert caplog.messages == [Like("sign-in failed: '.*' from 10.0.0.1")] and caplog.messages[0].isprintable()
+
+
+@pytest.mark.parametrize("name", ["ada 10.0.0.1", "10.0.0.1 ada", "10.0.0.1", "name ada", "ada"])
+def test_failures_elsewhere_under_a_like_name_keep_nobody_out(opened, name):
+    for number in range(5):
+        assert sign_in(opened, name, "wrong", f"10.1.1.{number}") is None
+    for _ in range(4):
+        assert sign_in(opened, name, "wrong", "10.2.2.2") is None
+    assert sign_in(opened, "ada", password_of("ada")) == "ada"
+
+
+def test_who_has_a_whole_network_of_addresses_is_one_who_tries(opened):
+    tries = [sign_in(opened, "ada", "wrong", f"2001:db8::{number}") for number in range(6)]
+    assert tries == [None] * 5 + [Like("Too many failed sign-ins.*")]
+    assert sign_in(opened, "ada", "wrong", "2001:db8:0:1::1") is None
 
 
 def test_whoever_the_authenticator_vouches_for_becomes_a_user(make_hub):
