@@ -166,7 +166,9 @@ class Settings:
             object.__setattr__(self, field.name, tuple(value))
         elif kind == "tuple[dict, ...]":
             _demand(isinstance(value, (list, tuple)), field.name, "must be a list of objects", value)
-        elif kind in ("int", "float"):
+        elif kind == "int":
+            _demand(type(value) is int and value >= 0, field.name, "must be a whole number, 0 or more", value)
+        elif kind == "float":
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _demand(number and value >= 0, field.name, "must be a number, 0 or more", value)
         elif kind == "bool":
@@ -1161,6 +1163,8 @@ class Proxy:
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: what a header's name is made of
 LINE_BREAKS = re.compile(r"[\r\n\0]")               # RFC 9110, 5.5: what no header's value may hold
+#: RFC 3986, 6.2.2.2: letters, digits, - and _ have one spelling, so that /h%75b is recognised as /hub.
+NEEDLESSLY_ENCODED = re.compile(r"%(?:[46][1-9A-Fa-f]|[57][0-9Aa]|3[0-9]|2[Dd]|5[Ff])")
 HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
@@ -1235,7 +1239,7 @@ def request_target(environ: dict[str, Any]) -> str:
     """
     path = environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"]
     sent = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
-    raw = sent.partition("?")[0]
+    raw = NEEDLESSLY_ENCODED.sub(lambda match: unquote(match[0]), sent.partition("?")[0])
     if unquote(raw, "latin-1") != path or not re.fullmatch(r"[\x21-\x7e]+", raw):
         raw = quote(path, safe="/@~!$&'()*+,;=:", encoding="latin-1")
     query = environ.get("QUERY_STRING", "")
@@ -2494,6 +2498,10 @@ class HubCore:
             raise NotFound(f"{user.name} has no server named '{name}'")
         return server
 
+    def get_or_plan_server(self, user: User, name: str) -> Server:
+        """The user's server of that name, or what it would be: its row is made by its start. Raises BadRequest."""
+        return self.get_server(user, check_server_name(name)) or Server(user=user, name=name)
+
     def find_or_create_server(self, user: User, name: str) -> Server:
         """The user's server of that name, made on its first use. Raises BadRequest over the limit of named servers."""
         try:
@@ -3214,6 +3222,12 @@ def is_from_hub_page(req: falcon.Request, hub: HubCore) -> bool:
     return referer.netloc == req.env["minihub.client"].host and referer.path.startswith(req.env["minihub.mount"].hub)
 
 
+def is_from_another_site(req: falcon.Request) -> bool:
+    """Whether a browser says that a page of another site makes this request; programs say nothing of the kind."""
+    client = req.env["minihub.client"]
+    return req.get_header("Origin") not in (None, f"{client.scheme}://{client.host}")
+
+
 def identify(req: falcon.Request, hub: HubCore) -> Identity | None:
     """Who makes this API request: the token's owner, or else whoever is signed in in the browser."""
     token = token_in(req.get_header("Authorization"))
@@ -3341,6 +3355,8 @@ def is_for_server(identity: Identity, data: dict[str, Any]) -> bool:
 ########################################################################################################
 
 BODY_LIMIT = 4 * 1024 * 1024  # bytes: some 100,000 user names
+OPTIONS_LIMIT = 64 * 1024  # bytes of a start's options, which are in every list of users
+NOTE_LIMIT = 1023  # characters; the width of JupyterHub's column
 DEPTH_LIMIT = 100  # lists and objects in one another; Python reads some 900 but may then fail to write them
 NEVER = 100 * 365 * 24 * 3600  # seconds; a longer life than that is no number worth adding to a date
 
@@ -3592,9 +3608,7 @@ class ServerResource(Resource):
     @falcon.before(needs_self_or_admin)
     def on_post(self, req, resp, name, server_name=""):
         """Start the server. 201: it is ready, 202: it is on its way, 500: it has failed already."""
-        user, options = self.hub.find_user(name), read_json(req)
-        if options is not None and not isinstance(options, dict):
-            raise BadRequest("The options of a start must be a JSON object")
+        user, options = self.hub.find_user(name), read_options(req)
         if server_name:
             self.hub.check_named_servers()
         server = self.hub.find_or_create_server(user, server_name)
@@ -3624,6 +3638,16 @@ class ServerResource(Resource):
         resp.status = 204 if stopped else 202
         if not stopped:
             resp.content_type, resp.text = falcon.MEDIA_TEXT, ""
+
+
+def read_options(req: falcon.Request) -> dict[str, Any] | None:
+    """The options of a start, None for those of the last one. Raises BadRequest."""
+    options = read_json(req)
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("The options of a start must be a JSON object")
+    if len(json.dumps(options)) > OPTIONS_LIMIT:
+        raise BadRequest(f"The options of a start must not be longer than {OPTIONS_LIMIT} bytes")
+    return options
 
 
 class ProgressResource(Resource):
@@ -3733,8 +3757,8 @@ class TokensResource(Resource):
 def read_token_wishes(body: dict[str, Any]) -> tuple[str, float | None]:
     """The note and the life in seconds (None: without end) that a new token is to have. Raises BadRequest."""
     note, expires_in = body.get("note") or "", body.get("expires_in")
-    if not isinstance(note, str) or "\0" in note:
-        raise BadRequest("note must be a string")
+    if not isinstance(note, str) or "\0" in note or len(note) > NOTE_LIMIT:
+        raise BadRequest(f"note must be a string of at most {NOTE_LIMIT} characters")
     if expires_in is not None:
         if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not 0 < expires_in < NEVER:
             raise BadRequest("expires_in must be a number of seconds greater than 0")
@@ -3929,7 +3953,8 @@ class AuthorizeTokenResource(Resource):
         if identity is None:
             user = self.hub.sign_in(body, req.env, req.env["minihub.client"].address)
             require(user, "Invalid username or password")
-            sign_in_browser(req, resp, self.hub, user)
+            if not is_from_another_site(req):  # which could sign people in under a name of its choice
+                sign_in_browser(req, resp, self.hub, user)
         else:
             user = self._meant(identity, body.get("username"))
         token, _ = self.hub.create_token(user, "Requested via deprecated api")
@@ -4371,7 +4396,7 @@ def server_actions(req, resp, hub, server) -> list[Markup]:
     watch = markup('<a class=button href="{url}">Watch</a>', url=server_page(req, "spawn-pending", server))
     start, stop, delete = (server_button(req, resp, hub, server, *what) for what in (
         ("spawn", "Start"), ("stop", "Stop", "quiet"), ("delete", "Delete", "quiet")))
-    return {"stopped": [start, delete] if server.name else [start], "spawning": [watch, stop], "ready": [opens, stop],
+    return {"stopped": [start, delete] if server.name and server.id else [start], "spawning": [watch, stop], "ready": [opens, stop],
             "stopping": [], "deleted": []}[server.status]
 
 
@@ -4406,7 +4431,9 @@ class SpawnPage(Resource):
     @falcon.before(needs_own_pages)
     def on_get(self, req, resp, name="", server_name=""):
         """On to the server if it runs or starts, else a button: nothing starts by following a link."""
-        server = self.hub.find_or_create_server(req.context.owner, server_name)
+        if server_name:
+            self.hub.check_named_servers()
+        server = self.hub.get_or_plan_server(req.context.owner, server_name)
         if self.hub.observe(server).status in ("ready", "spawning"):
             resp.status, resp.location = 302, self._place(req, server)
         else:

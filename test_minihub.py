@@ -659,7 +659,7 @@ def test_a_wrong_setting_stops_the_hub_with_one_sentence_that_names_it(make_hub,
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("start_timeout", float("nan")), ("start_timeout", float("inf")), ("start_timeout", True), ("start_timeout", "60"),
-    ("named_server_limit", None), ("public_url", "https://"), ("public_url", "ftp://example.org"),
+    ("named_server_limit", None), ("named_server_limit", 1.5), ("concurrent_spawn_limit", 2.0), ("public_url", "https://"), ("public_url", "ftp://example.org"),
     ("hub_url", "http://127.0.0.1:99999"), ("hub_url", "http://[::1"), ("cmd", "jupyterhub-singleuser 'unfinished"),
     ("admins", "root"), ("admins", [1]), ("authenticator", "dummy"), ("authenticator", "json:nothing_there"),
     ("spawner", object()), ("database", "postgresql://me:secret@127.0.0.1:1/hub"), ("database", "sqlite:////no/where/hub")])
@@ -1663,6 +1663,7 @@ def test_no_header_can_hold_another(more):
     ("/user/ada/a b", "", "", "/user/ada/a%20b"),
     ("/user/ada/\xc3\xa9", None, "", "/user/ada/%C3%A9"),
     ("/user/ada/x", "http://lab/user/ada/x", "", "/user/ada/x"),
+    ("/user/ada/x-y%/..", "/us%65r/%61da/x%2Dy%25/%2e%2e", "", "/user/ada/x-y%25/%2e%2e"),
     ("/user/ada/x", "/user/bob/x", "", "/user/ada/x"),
     ("/user/ada/x y", "/user/ada/x y", "", "/user/ada/x%20y"),
     ("/user/ada/\r\nX: 1", "/user/ada/%0D%0AX:%201", "", "/user/ada/%0D%0AX:%201"),
@@ -4188,7 +4189,7 @@ REFUSED = [
     ("root", "POST", "/users/eve/tokens", None, error(404, "No such user: eve")),
     *(("ada", "POST", "/users/ada/tokens", {"expires_in": value}, error(400, "expires_in must be a number of seconds greater than 0"))
       for value in (0, -1, -0.5, "60", True, [], {}, 10 ** 30, 1e300)),
-    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string")) for value in (5, ["x"], {"a": 1}, "\0")),
+    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string of at most 1023 characters")) for value in (5, ["x"], {"a": 1}, "\0")),
     ("nobody", "POST", "/users/ada/tokens", None, MISSING),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, MISSING) for value in (None, [], "ada", 1)),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, error(403, "Invalid username or password")) for value in (
@@ -4296,9 +4297,9 @@ def test_deeply_nested_json_is_refused(root, ada):
 
 
 def test_a_huge_body_is_refused(ada):
-    options = '{"a": "' + "x" * (minihub.BODY_LIMIT - 9)
-    ada("POST", "/users/ada/server", raw=f'{options}"}}'.encode(), status=201)
-    assert ada("POST", "/users/ada/server", raw=f'{options}x"}}'.encode(), status=413).json == error(
+    body = '{"a": "' + "x" * (minihub.BODY_LIMIT - 9)
+    ada("POST", "/users/ada/tokens", raw=f'{body}"}}'.encode(), status=201)
+    assert ada("POST", "/users/ada/tokens", raw=f'{body}x"}}'.encode(), status=413).json == error(
         413, f"The body is longer than {minihub.BODY_LIMIT} bytes")
 
 
@@ -4858,6 +4859,14 @@ def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
     assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
     cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
     assert cookies == ([] if who else ["jupyterhub-hub-login", "jupyterhub-session-id"])
+
+
+@pytest.mark.parametrize("origin, cookies", [
+    ("http://localhost:80", 2), ("http://evil.example", 0), ("https://localhost:80", 0), ("null", 0)])
+def test_a_form_of_another_site_signs_nobody_in(hub, origin, cookies):
+    response = Api(hub, HTTP_HOST="localhost:80")("POST", "/authorizations/token", {
+        "username": "ada", "password": password_of("ada")}, headers={"Origin": origin, "Content-Type": "text/plain"})
+    assert len(response.headers.getall("Set-Cookie")) == cookies
 
 
 def test_the_old_way_makes_a_user_of_whom_the_authenticator_vouches_for(make_hub):
@@ -5470,6 +5479,18 @@ def test_there_is_one_first_admin_only(first_link):
         assert hub.get_user("eve") is None
 
 
+@pytest.mark.parametrize("length, status", [(64 * 1024 - 9, 201), (64 * 1024 - 8, 400)])
+def test_options_have_a_limit(ada, length, status):
+    response = ada("POST", "/users/ada/server", {"a": "x" * length}, status=status)
+    assert status == 201 or response.json == error(400, "The options of a start must not be longer than 65536 bytes")
+
+
+@pytest.mark.parametrize("length, status", [(1023, 201), (1024, 400)])
+def test_the_note_of_a_token_has_a_limit(ada, length, status):
+    response = ada("POST", "/users/ada/tokens", {"note": "x" * length}, status=status)
+    assert status == 201 or response.json == error(400, "note must be a string of at most 1023 characters")
+
+
 @pytest.mark.parametrize("options", [[], "cpu", 2, True])
 def test_options_are_an_object(ada, options):
     assert ada("POST", "/users/ada/server", options, status=400).json == error(400, "The options of a start must be a JSON object")
@@ -5657,6 +5678,22 @@ def test_the_limit_of_servers_is_explained(make_hub):
     assert "already has the maximum of 1 named servers" in alert_of(start_named(pages, "two", status=400))[0]
 
 
+def test_the_page_of_a_named_server_makes_none_before_it_is_started(hub):
+    pages = pages_of(hub, "ada")
+    page = pages.get("/hub/spawn/ada/project", status=200)
+    assert (buttons_of(page), server_row(hub, "ada", "project")) == (["Start"], None)
+    assert page.form.submit(status=303).headers["Location"] == "/hub/spawn-pending/ada/project"
+    assert server_row(hub, "ada", "project").status == "spawning"
+
+
+@pytest.mark.parametrize("settings, name, message", [
+    ({"named_servers": False}, "project", "Named servers are not enabled."), ({}, "lab", "Invalid server_name: 'lab'. Use up to 63.*")])
+def test_there_is_no_page_for_a_server_that_cannot_be(make_hub, settings, name, message):
+    hub = people(make_hub(**settings))
+    assert alert_of(pages_of(hub, "ada").get(f"/hub/spawn/ada/{name}", status=400)) == [Like(message)]
+    assert server_row(hub, "ada", name) is None
+
+
 def test_without_named_servers_there_is_no_form_for_them(make_hub):
     hub = people(make_hub(named_servers=False))
     pages = pages_of(hub, "ada")
@@ -5748,6 +5785,14 @@ def test_programs_are_told_that_a_server_does_not_run(hub, method, path, accept)
     name = path.split("/")[2]
     assert response.json == {"status": 503, "message": f"JupyterHub server no longer running at {path}. Restart the server at"
                                                        f" /hub/spawn/{name}"}
+
+
+@pytest.mark.parametrize("sent", ["/h%75b/user/ada/lab", "/%68%75%62/user/ada/lab", "/hub/%75ser/ada/lab"])
+def test_no_spelling_of_an_address_leads_to_another_site(hub, sent):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    response = pages.get("/hub/user/ada/lab", extra_environ={"RAW_URI": sent}, status=302)
+    assert response.headers["Location"] == "/user/ada/lab"
 
 
 def test_a_link_for_everybody_leads_to_ones_own_server(hub):
