@@ -285,7 +285,8 @@ def _demand(condition, setting, problem, value):
 def _is_address(value):
     try:
         parts = urlsplit(value)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        plain = re.fullmatch(r"[\x21-\x7e]+", value)
+        return bool(plain and parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
     except ValueError:
         return False
 
@@ -1177,6 +1178,9 @@ HOP_BY_HOP = frozenset("connection keep-alive proxy-connection proxy-authenticat
 REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port"
                       " x-forwarded-prefix x-scheme x-real-ip forwarded".split())
 
+#: Ask a web server in front of the hub for a file that it keeps to itself.
+SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
+
 #: The cookies of the hub, which no user's server may see or set.
 HUB_COOKIES = frozenset(("jupyterhub-hub-login", "jupyterhub-services"))
 
@@ -1321,8 +1325,8 @@ class ResponseHead:
         return next((value for key, value in self.headers if key.lower() == name), "")
 
     def passed_on(self) -> list[tuple[str, str]]:
-        """The headers that are for the client: no word about this connection, no cookie of the hub's."""
-        dropped = HOP_BY_HOP | {name.strip().lower() for name in self.get("connection").split(",")}
+        """The headers that are for the client: no word about this connection or to a web server, no cookie of the hub's."""
+        dropped = HOP_BY_HOP | SENDS_FILE | {name.strip().lower() for name in self.get("connection").split(",")}
         if self.get("transfer-encoding"):
             dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers
@@ -1668,11 +1672,11 @@ def read_head(response) -> ResponseHead:
     return head
 
 
-def stream_through(environ, start_response, exchange: Exchange) -> Iterable[bytes]:
+def stream_through(environ, start_response, exchange: Exchange, idle_timeout: float) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread, where the WSGI host lends nobody its sockets."""
     with contextlib.ExitStack() as opened:
         upstream = opened.enter_context(socket.create_connection(exchange.target, CONNECT_TIMEOUT))
-        upstream.settimeout(None)
+        upstream.settimeout(idle_timeout or None)
         notice_dead_peer(upstream)
         upstream.sendall(exchange.head)
         while exchange.spool and (data := exchange.spool.read(CHUNK)):
@@ -1735,7 +1739,7 @@ class EmbeddedProxy(Proxy):
                             is_websocket(environ), head, spool, 0 if spool else length or 0, unavailable)
         if number is None:
             try:
-                return stream_through(environ, start_response, exchange)
+                return stream_through(environ, start_response, exchange, self.settings.proxy_idle_timeout)
             except (OSError, ValueError):
                 raise Unavailable("The server does not answer") from None
         handover = Handover(environ, number)
@@ -1755,14 +1759,23 @@ class ConfigurableHTTPProxy(Proxy):
                                   "auth_token": self.settings.chp_auth_token or secrets.token_hex(32)})
 
     def move(self, changes: dict[str, Any]) -> None:
-        """Drive another proxy from now on. `ip`, `port`, `protocol`, `api_url` and `auth_token` are what may change."""
+        """Drive another proxy from now on. `ip`, `port`, `protocol`, `api_url` and `auth_token` are what may change.
+
+        Raises BadRequest for an address that is none.
+        """
         place = self.place()
-        parts = urlsplit(changes.get("api_url") or place["api_url"])
+        api_url = changes.get("api_url") or place["api_url"]
+        if _is_address(api_url):
+            api_url = self._changed_address(urlsplit(api_url), changes)
+        if not _is_address(api_url):
+            raise BadRequest(f"The proxy's API must be at an address like http://127.0.0.1:8001, not {shortened(api_url)}")
+        store("proxy", {"api_url": api_url, "auth_token": changes.get("auth_token") or place["auth_token"]})
+
+    def _changed_address(self, parts, changes):
         host, port = changes.get("ip") or parts.hostname, changes.get("port") or parts.port
         host = f"[{host}]" if ":" in host else host
         scheme = (changes.get("protocol") or parts.scheme).rstrip(":/")
-        store("proxy", {"api_url": f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
-                        "auth_token": changes.get("auth_token") or place["auth_token"]})
+        return f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
     def keep_running(self, hub: str) -> None:
         """Start the proxy if it is ours to run and does not; `hub` is the URL of the hub's pages, for its error pages."""
@@ -4817,18 +4830,18 @@ class Hub(HubCore):
                 "minihub.mount": Mount(base, address)}
 
     def _own_address(self, environ):
-        """Where servers on this machine reach the WSGI host. Its socket knows; the Host header is only a client's word."""
-        listener = environ.get("gunicorn.socket")
-        if listener is not None and listener.family == socket.AF_UNIX:
+        """Where servers on this machine reach the WSGI host: at what it listens on, whichever of the machine's addresses a
+        client has used. On a unix socket gunicorn takes it from the Host header, which is only a client's word."""
+        client = environ.get("gunicorn.socket")
+        if client is not None and client.family == socket.AF_UNIX:
             return self._mount.address if self._mount else self.guess_mount().address
-        name = listener.getsockname()[:2] if listener is not None else (environ["SERVER_NAME"], environ["SERVER_PORT"])
-        return local_address(*name)
+        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"])
 
     # Requests for servers
 
     def _find_route(self, mount, path):
         """Target and data of the longest route above the path, or None. A named server's lies below the default one's."""
-        if not path.startswith(("/user/", "/services/")):
+        if not path.startswith(("/user/", "/services/")) or not isinstance(self.proxy, EmbeddedProxy):
             return None
         _, kind, name, below, *_ = (path.encode("latin-1").decode("utf-8", "replace") + "//").split("/")
         shorter = f"{mount.base}{kind}/{quote_name(name)}/"

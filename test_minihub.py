@@ -1716,6 +1716,12 @@ def test_the_hubs_cookies_are_cut_out(header, left):
     assert minihub.strip_cookies(header, minihub.HUB_COOKIES) == left
 
 
+@pytest.mark.parametrize("header", ["X-Accel-Redirect", "x-sendfile", "X-LIGHTTPD-send-file"])
+def test_a_server_cannot_make_a_web_server_in_front_send_its_files(header):
+    head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: /protected\r\nX-Accel-Buffering: no".encode())
+    assert head.passed_on() == [("X-Accel-Buffering", "no")]
+
+
 @pytest.mark.parametrize("text, hubs", [
     ("jupyterhub-hub-login=x; Path=/hub/", True), ("jupyterhub-services=x", True), ("=jupyterhub-hub-login=x", True),
     (" = jupyterhub-hub-login =x", True), ("jupyterhub-hub-login", True), ("jupyterhub-user-ada=x; Path=/user/ada/", False),
@@ -2575,6 +2581,21 @@ def test_a_server_that_sends_chunks_to_a_client_of_http_1_0_is_not_passed_on(wai
         at_home.proxy.add_route("/user/bob/", server.address, {"user": "bob", "server_name": ""})
     assert waitress.request("GET", "/user/bob/api").status == 503
     assert server.heard[0].startswith(b"GET /user/bob/api HTTP/1.0\r\n")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n"])
+def test_a_host_that_lends_no_socket_waits_for_a_silent_server_only_so_long(waitress, at_home, scripted, answer):
+    with at_home.connected():
+        at_home.proxy.add_route("/user/bob/", scripted(answer, hold=True).address, {"user": "bob", "server_name": ""})
+    assert waitress.request("GET", "/user/bob/lab", timeout=10).status == 503
+
+
+def test_a_host_that_lends_no_socket_ends_a_response_that_has_stopped(waitress, at_home, scripted):
+    server = scripted(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", hold=True)
+    with at_home.connected():
+        at_home.proxy.add_route("/user/bob/", server.address, {"user": "bob", "server_name": ""})
+    with pytest.raises(http.client.IncompleteRead):
+        waitress.request("GET", "/user/bob/lab", timeout=10)
 
 
 @pytest.mark.parametrize("path, kind", [("/user/ada/lab", "text/html"), ("/user/ada/api", "application/json")])
@@ -3980,6 +4001,16 @@ def test_a_lost_route_comes_back_and_a_stray_one_goes(hub, root, ada):
         hub.proxy.add_route("/user/eve/", "http://127.0.0.1:9", {"user": "eve", "server_name": ""})
     root("POST", "/proxy")
     assert set(root("GET", "/proxy").json) == {"/", "/user/ada/"}
+
+
+@pytest.mark.parametrize("change", [{"api_url": "garbage"}, {"api_url": "http://x:99999"}, {"api_url": "file:///etc"},
+                                    {"api_url": "http://[::1"}, {"port": "x"}, {"port": "99999"}, {"ip": "a b"}, {"protocol": "gopher"}])
+def test_a_proxy_is_not_moved_to_where_none_can_be(make_hub, change):
+    hub = people(make_hub(proxy="chp"))
+    message = api_of(hub, "root")("PATCH", "/proxy", change, status=400).json["message"]
+    assert message.startswith("The proxy's API must be at an address like http://127.0.0.1:8001, not ")
+    with hub.connected():
+        assert hub.proxy.place()["api_url"] == "http://127.0.0.1:8001"
 
 
 def test_the_embedded_proxy_cannot_be_moved(root):
@@ -6270,6 +6301,25 @@ def test_a_hub_below_a_path_sends_browsers_there(below):
     assert urlsplit(response.location).path == "/lab/hub/home"
     assert re.findall(r"Path=[^;]+", response.headers["Set-Cookie"]) == ["Path=/lab/hub/"]
     assert site.get("/lab/hub/home", status=200).text.count('action="/lab/hub/') > 0
+
+
+def test_routes_of_an_embedded_proxy_are_nobodys_when_there_is_another(make_hub, tmp_path):
+    database = f"sqlite:///{tmp_path}/hub.sqlite"
+    with (before := people(make_hub(database=database))).connected():
+        running(before)
+    response = pages_of(make_hub(database=database, proxy="chp")).get("/user/ada/lab", status=302)
+    assert response.headers["Location"] == "/hub/user/ada/lab"
+
+
+def test_the_hub_is_in_one_place_by_whatever_address_its_machine_is_reached(hub):
+    stored = []
+    hub.arrive = stored.append
+    app = webtest.TestApp(hub, extra_environ={"SERVER_NAME": "0.0.0.0", "SERVER_PORT": "8000"})
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with socket.create_connection((address, listener.getsockname()[1])), listener.accept()[0] as connection:
+                app.get("/hub/health", extra_environ={"gunicorn.socket": connection})
+    assert stored == [minihub.Mount("/", "http://127.0.0.1:8000")] * 2
 
 
 def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
