@@ -6395,6 +6395,126 @@ def test_a_hub_that_is_told_to_does_not_tick(hub, nobody):
     assert (hub._ticking, threading.active_count()) == (None, before)
 
 
+# Measurements beside JupyterHub, left out unless asked for: python -m pytest -m bench
+
+
+BENCH_TOKEN = "bench-admin-token"
+
+JUPYTERHUB_CONFIG = """
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.JupyterHub.bind_url = "http://127.0.0.1:{public}"
+c.JupyterHub.hub_port = {hub}
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{proxy}"
+c.JupyterHub.services = [{{"name": "bench", "api_token": "{token}"}}]
+c.JupyterHub.load_roles = [{{"name": "admin", "services": ["bench"]}}]
+c.JupyterHub.log_level = "ERROR"
+"""
+
+
+@contextlib.contextmanager
+def serving(folder, port, *command, **environ):
+    """A hub that listens on the port; yields the seconds to its first answer, and its process."""
+    with open(folder / "log", "wb") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, stdout=output, stderr=output,
+                                   env={**os.environ, "PYTHONPATH": str(HERE), **environ}, start_new_session=True)
+    try:
+        wait_for(lambda: answers_health(port), 60, f"{command[0]} does not answer")
+        yield time.perf_counter() - began, process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers_health(port):
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        connection.request("GET", "/hub/health")
+        return connection.getresponse().status == 200
+
+
+def measured_minihub(folder):
+    """The figures of a gunicorn with one sync worker."""
+    port = minihub.free_port()
+    services = json.dumps([{"name": "bench", "admin": True, "api_token": BENCH_TOKEN}])
+    with serving(folder, port, "gunicorn", "minihub:app", "--bind", f"127.0.0.1:{port}", "--no-control-socket",
+                 MINIHUB_SERVICES=services) as (seconds, process):
+        return measured(port, seconds, process)
+
+
+def measured_jupyterhub(folder):
+    """The figures of JupyterHub, asked at its hub's own port, which is its quickest."""
+    ports = {name: minihub.free_port() for name in ("public", "hub", "proxy")}
+    (folder / "config.py").write_text(JUPYTERHUB_CONFIG.format(token=BENCH_TOKEN, **ports))
+    with serving(folder, ports["hub"], "jupyterhub", "-f", "config.py") as (seconds, process):
+        wait_for(lambda: is_open(ports["public"]), 60, "the proxy does not listen")
+        return measured(ports["hub"], seconds, process)
+
+
+def measured(port, seconds, process):
+    """What there is to say of a hub, by what it is."""
+    admin = {"Authorization": f"token {BENCH_TOKEN}"}
+    answered(port, "POST", "/hub/api/users/ada", admin)
+    token = answered(port, "POST", "/hub/api/users/ada/tokens", admin)["token"]
+    began = time.perf_counter()
+    answered(port, "POST", "/hub/api/users", admin, {"usernames": [f"student{number}" for number in range(1000)]})
+    creation = time.perf_counter() - began
+    ada = {"Authorization": f"token {token}"}
+    return {
+        "start to first answer, s": seconds,
+        "1,000 users by POST /users, s": creation,
+        "GET /user, requests/s": rate(port, "/hub/api/user", ada, reuse=False),
+        "GET /user, requests/s, keep-alive": rate(port, "/hub/api/user", ada, reuse=True),
+        "GET /health, requests/s": rate(port, "/hub/health", {}, reuse=False),
+        "GET /health, requests/s, keep-alive": rate(port, "/hub/health", {}, reuse=True),
+        "memory of all its processes, MB": sum(map(memory_of, family_of(process.pid))) / 1e6}
+
+
+def answered(port, method, path, headers, body=None):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        connection.request(method, path, body and json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read()
+        assert response.status in (200, 201), content
+        return json.loads(content)
+
+
+def rate(port, path, headers, reuse, count=500):
+    """Requests a second of one client, who may use a connection again, if the hub lets it."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        began = time.perf_counter()
+        for _ in range(count):
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+            if not reuse:
+                connection.close()
+        return count / (time.perf_counter() - began)
+
+
+def family_of(pid):
+    """A process and all that it has started."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *itertools.chain.from_iterable(family_of(int(child)) for child in children)]
+
+
+@pytest.mark.bench
+def test_how_it_compares_with_jupyterhub(tmp_path, capsys):
+    pytest.importorskip("jupyterhub", reason="pip install '.[classroom]'")
+    folders = [tmp_path / name for name in ("minihub", "jupyterhub")]
+    for folder in folders:
+        folder.mkdir()
+    ours = measured_minihub(folders[0])
+    theirs = measured_jupyterhub(folders[1]) if CHP else {}
+    with capsys.disabled():
+        print(f"\n{'':36}{'minihub':>10}{'JupyterHub':>12}{'ratio':>8}")
+        for what, figure in ours.items():
+            other = theirs.get(what)
+            print(f"{what:36}{figure:10.1f}" + (f"{other:12.1f}{figure / other:8.2f}" if other else ""))
+
+
 ########################################################################################################
 # 14. Command line
 ########################################################################################################
