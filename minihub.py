@@ -1198,7 +1198,7 @@ class Client:
         """Who made this request, told by X-Forwarded-* if they come from one of the `trusted` addresses."""
         peer = environ.get("REMOTE_ADDR", "")
         scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST") or environ["SERVER_NAME"]
-        networks = [ipaddress.ip_network(value) for value in trusted]
+        networks = [parsed_network(value) for value in trusted]
         if not is_within(peer, networks):
             return cls(peer, scheme, host)
         said = [part.strip() for part in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
@@ -1215,6 +1215,10 @@ def is_within(address: str, networks: Iterable) -> bool:
     return not address or (parsed is not None and any(parsed in network for network in networks))
 
 
+parsed_network = functools.cache(ipaddress.ip_network)  # of the settings' few
+
+
+@functools.lru_cache(1024)  # every request asks
 def parsed_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The IP address that a text is, or None; ::ffff:127.0.0.1, how a [::] socket sees it, is 127.0.0.1."""
     try:
@@ -3140,6 +3144,7 @@ def listening_address() -> str | None:
     return None
 
 
+@functools.lru_cache(16)  # every request asks
 def local_address(host: str, port: int | str) -> str:
     """http://host:port as seen from this machine, for a host that may be a name or every address."""
     try:
