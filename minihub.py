@@ -166,7 +166,9 @@ class Settings:
             object.__setattr__(self, field.name, tuple(value))
         elif kind == "tuple[dict, ...]":
             _demand(isinstance(value, (list, tuple)), field.name, "must be a list of objects", value)
-        elif kind in ("int", "float"):
+        elif kind == "int":
+            _demand(type(value) is int and value >= 0, field.name, "must be a whole number, 0 or more", value)
+        elif kind == "float":
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _demand(number and value >= 0, field.name, "must be a number, 0 or more", value)
         elif kind == "bool":
@@ -283,7 +285,8 @@ def _demand(condition, setting, problem, value):
 def _is_address(value):
     try:
         parts = urlsplit(value)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        plain = re.fullmatch(r"[\x21-\x7e]+", value)
+        return bool(plain and parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
     except ValueError:
         return False
 
@@ -1168,6 +1171,8 @@ class Proxy:
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: what a header's name is made of
 LINE_BREAKS = re.compile(r"[\r\n\0]")               # RFC 9110, 5.5: what no header's value may hold
+#: RFC 3986, 6.2.2.2: letters, digits, - and _ have one spelling, so that /h%75b is recognised as /hub.
+NEEDLESSLY_ENCODED = re.compile(r"%(?:[46][1-9A-Fa-f]|[57][0-9Aa]|3[0-9]|2[Dd]|5[Ff])")
 HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
@@ -1179,6 +1184,9 @@ HOP_BY_HOP = frozenset("connection keep-alive proxy-connection proxy-authenticat
 #: Written anew for every request: what a client says of itself here is not to be believed.
 REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port"
                       " x-forwarded-prefix x-scheme x-real-ip forwarded".split())
+
+#: Ask a web server in front of the hub for a file that it keeps to itself.
+SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
 
 #: The cookies of the hub, which no user's server may see or set.
 HUB_COOKIES = frozenset(("jupyterhub-hub-login", "jupyterhub-services"))
@@ -1197,26 +1205,40 @@ class Client:
         """Who made this request, told by X-Forwarded-* if they come from one of the `trusted` addresses."""
         peer = environ.get("REMOTE_ADDR", "")
         scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST") or environ["SERVER_NAME"]
-        networks = [ipaddress.ip_network(value) for value in trusted]
+        networks = [parsed_network(value) for value in trusted]
         if not is_within(peer, networks):
             return cls(peer, scheme, host)
         said = [part.strip() for part in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         strangers = [address for address in said if not is_within(address, networks)]
-        return cls(strangers[-1] if strangers else said[0] if said else peer,
+        nearest = strangers[-1] if strangers else said[0] if said else peer
+        return cls(nearest if parsed_address(nearest) else peer,
                    last_said(environ, "HTTP_X_FORWARDED_PROTO", ("http", "https")) or scheme,
                    last_said(environ, "HTTP_X_FORWARDED_HOST") or host)
 
 
 def is_within(address: str, networks: Iterable) -> bool:
     """Whether the address lies in one of the networks; a unix socket's peer, which has none, does."""
-    if not address:
-        return True
+    parsed = parsed_address(address)
+    return not address or (parsed is not None and any(parsed in network for network in networks))
+
+
+parsed_network = functools.cache(ipaddress.ip_network)  # of the settings' few
+
+
+@functools.lru_cache(1024)  # every request asks
+def parsed_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a text is, or None; ::ffff:127.0.0.1, how a [::] socket sees it, is 127.0.0.1."""
     try:
-        parsed = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    plain = getattr(parsed, "ipv4_mapped", None) or parsed  # ::ffff:127.0.0.1 is how a [::] socket sees 127.0.0.1
-    return any(plain in network for network in networks)
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+def neighbourhood(address: str) -> str:
+    """All the addresses that whoever has this one has: of IPv6 a whole /64."""
+    parsed = parsed_address(address)
+    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed and parsed.version == 6 else address
 
 
 def last_said(environ, name, allowed=None):
@@ -1232,7 +1254,7 @@ def request_target(environ: dict[str, Any]) -> str:
     """
     path = environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"]
     sent = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
-    raw = sent.partition("?")[0]
+    raw = NEEDLESSLY_ENCODED.sub(lambda match: unquote(match[0]), sent.partition("?")[0])
     if unquote(raw, "latin-1") != path or not re.fullmatch(r"[\x21-\x7e]+", raw):
         raw = quote(path, safe="/@~!$&'()*+,;=:", encoding="latin-1")
     query = environ.get("QUERY_STRING", "")
@@ -1314,8 +1336,8 @@ class ResponseHead:
         return next((value for key, value in self.headers if key.lower() == name), "")
 
     def passed_on(self) -> list[tuple[str, str]]:
-        """The headers that are for the client: no word about this connection, no cookie of the hub's."""
-        dropped = HOP_BY_HOP | {name.strip().lower() for name in self.get("connection").split(",")}
+        """The headers that are for the client: no word about this connection or to a web server, no cookie of the hub's."""
+        dropped = HOP_BY_HOP | SENDS_FILE | {name.strip().lower() for name in self.get("connection").split(",")}
         if self.get("transfer-encoding"):
             dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers
@@ -1661,11 +1683,11 @@ def read_head(response) -> ResponseHead:
     return head
 
 
-def stream_through(environ, start_response, exchange: Exchange) -> Iterable[bytes]:
+def stream_through(environ, start_response, exchange: Exchange, idle_timeout: float) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread, where the WSGI host lends nobody its sockets."""
     with contextlib.ExitStack() as opened:
         upstream = opened.enter_context(socket.create_connection(exchange.target, CONNECT_TIMEOUT))
-        upstream.settimeout(None)
+        upstream.settimeout(idle_timeout or None)
         notice_dead_peer(upstream)
         upstream.sendall(exchange.head)
         while exchange.spool and (data := exchange.spool.read(CHUNK)):
@@ -1728,7 +1750,7 @@ class EmbeddedProxy(Proxy):
                             is_websocket(environ), head, spool, 0 if spool else length or 0, unavailable)
         if number is None:
             try:
-                return stream_through(environ, start_response, exchange)
+                return stream_through(environ, start_response, exchange, self.settings.proxy_idle_timeout)
             except (OSError, ValueError):
                 raise Unavailable("The server does not answer") from None
         handover = Handover(environ, number)
@@ -1748,14 +1770,23 @@ class ConfigurableHTTPProxy(Proxy):
                                   "auth_token": self.settings.chp_auth_token or secrets.token_hex(32)})
 
     def move(self, changes: dict[str, Any]) -> None:
-        """Drive another proxy from now on. `ip`, `port`, `protocol`, `api_url` and `auth_token` are what may change."""
+        """Drive another proxy from now on. `ip`, `port`, `protocol`, `api_url` and `auth_token` are what may change.
+
+        Raises BadRequest for an address that is none.
+        """
         place = self.place()
-        parts = urlsplit(changes.get("api_url") or place["api_url"])
+        api_url = changes.get("api_url") or place["api_url"]
+        if _is_address(api_url):
+            api_url = self._changed_address(urlsplit(api_url), changes)
+        if not _is_address(api_url):
+            raise BadRequest(f"The proxy's API must be at an address like http://127.0.0.1:8001, not {shortened(api_url)}")
+        store("proxy", {"api_url": api_url, "auth_token": changes.get("auth_token") or place["auth_token"]})
+
+    def _changed_address(self, parts, changes):
         host, port = changes.get("ip") or parts.hostname, changes.get("port") or parts.port
         host = f"[{host}]" if ":" in host else host
         scheme = (changes.get("protocol") or parts.scheme).rstrip(":/")
-        store("proxy", {"api_url": f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
-                        "auth_token": changes.get("auth_token") or place["auth_token"]})
+        return f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
     def keep_running(self, hub: str) -> None:
         """Start the proxy if it is ours to run and does not; `hub` is the URL of the hub's pages, for its error pages."""
@@ -1914,8 +1945,9 @@ LEASE = 5                 # seconds after which another worker ticks if this one
 STEADY_AFTER = 60         # seconds after which a service that still runs has not died at once
 CHECK_ROUTES_AFTER = 5    # seconds between two comparisons of the proxy's routes with those wanted
 MAX_ATTEMPTS = 3          # starts of a server whose port somebody else has taken
-FAILURES = (("{name} {address}", 5), ("{name}", 50), ("{address}", 200))  # who may fail how often ...
-FAILURES_FORGOTTEN = 300  # ... within so many seconds; a whole class can sit behind one address
+#: Who may fail how often. An address holds no blank, so that no name can be spelled to count as something else.
+FAILURES = (("address {address} name {name}", 5), ("name {name}", 50), ("address {address}", 200))
+FAILURES_FORGOTTEN = 300  # seconds for which they count; a whole class can sit behind one address
 
 
 class HubCore:
@@ -2201,14 +2233,14 @@ class HubCore:
         Raises TooMany when the name or the address has failed too often.
         """
         name = storable(self.authenticator.normalize(str(credentials.get("username") or ""))[:NAME_LENGTH])
-        keys = {template.format(name=name, address=address): limit for template, limit in FAILURES}
+        keys = {template.format(name=name, address=neighbourhood(address)): limit for template, limit in FAILURES}
         self._check_failures(keys)
         found = self.authenticator.authenticate(credentials, environ)
         if found is None or not is_valid_name(self.authenticator.normalize(found)):
             self._count_failure(keys)
-            log.info("sign-in failed: %s from %s", name, address)
+            log.info("sign-in failed: %r from %s", name, address)  # a name that is none can hold a line break
             return None
-        Failure.delete().where(Failure.key == f"{name} {address}").execute()
+        Failure.delete().where(Failure.key == next(iter(keys))).execute()
         user = self.get_user(found)
         if user is None:
             if known_only:
@@ -2503,6 +2535,10 @@ class HubCore:
         if server is None:
             raise NotFound(f"{user.name} has no server named '{name}'")
         return server
+
+    def get_or_plan_server(self, user: User, name: str) -> Server:
+        """The user's server of that name, or what it would be: its row is made by its start. Raises BadRequest."""
+        return self.get_server(user, check_server_name(name)) or Server(user=user, name=name)
 
     def find_or_create_server(self, user: User, name: str) -> Server:
         """The user's server of that name, made on its first use. Raises BadRequest over the limit of named servers."""
@@ -3154,6 +3190,7 @@ def listening_address() -> str | None:
     return None
 
 
+@functools.lru_cache(16)  # every request asks
 def local_address(host: str, port: int | str) -> str:
     """http://host:port as seen from this machine, for a host that may be a name or every address."""
     try:
@@ -3247,6 +3284,12 @@ def is_from_hub_page(req: falcon.Request, hub: HubCore) -> bool:
     except ValueError:
         return False
     return referer.netloc == req.env["minihub.client"].host and referer.path.startswith(req.env["minihub.mount"].hub)
+
+
+def is_from_another_site(req: falcon.Request) -> bool:
+    """Whether a browser says that a page of another site makes this request; programs say nothing of the kind."""
+    client = req.env["minihub.client"]
+    return req.get_header("Origin") not in (None, f"{client.scheme}://{client.host}")
 
 
 def identify(req: falcon.Request, hub: HubCore) -> Identity | None:
@@ -3376,6 +3419,8 @@ def is_for_server(identity: Identity, data: dict[str, Any]) -> bool:
 ########################################################################################################
 
 BODY_LIMIT = 4 * 1024 * 1024  # bytes: some 100,000 user names
+OPTIONS_LIMIT = 64 * 1024  # bytes of a start's options, which are in every list of users
+NOTE_LIMIT = 1023  # characters; the width of JupyterHub's column
 DEPTH_LIMIT = 100  # lists and objects in one another; Python reads some 900 but may then fail to write them
 NEVER = 100 * 365 * 24 * 3600  # seconds; a longer life than that is no number worth adding to a date
 
@@ -3627,9 +3672,7 @@ class ServerResource(Resource):
     @falcon.before(needs_self_or_admin)
     def on_post(self, req, resp, name, server_name=""):
         """Start the server. 201: it is ready, 202: it is on its way, 500: it has failed already."""
-        user, options = self.hub.find_user(name), read_json(req)
-        if options is not None and not isinstance(options, dict):
-            raise BadRequest("The options of a start must be a JSON object")
+        user, options = self.hub.find_user(name), read_options(req)
         if server_name:
             self.hub.check_named_servers()
         server = self.hub.find_or_create_server(user, server_name)
@@ -3659,6 +3702,16 @@ class ServerResource(Resource):
         resp.status = 204 if stopped else 202
         if not stopped:
             resp.content_type, resp.text = falcon.MEDIA_TEXT, ""
+
+
+def read_options(req: falcon.Request) -> dict[str, Any] | None:
+    """The options of a start, None for those of the last one. Raises BadRequest."""
+    options = read_json(req)
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("The options of a start must be a JSON object")
+    if len(json.dumps(options)) > OPTIONS_LIMIT:
+        raise BadRequest(f"The options of a start must not be longer than {OPTIONS_LIMIT} bytes")
+    return options
 
 
 class ProgressResource(Resource):
@@ -3768,8 +3821,8 @@ class TokensResource(Resource):
 def read_token_wishes(body: dict[str, Any]) -> tuple[str, float | None]:
     """The note and the life in seconds (None: without end) that a new token is to have. Raises BadRequest."""
     note, expires_in = body.get("note") or "", body.get("expires_in")
-    if not isinstance(note, str) or "\0" in note:
-        raise BadRequest("note must be a string")
+    if not isinstance(note, str) or "\0" in note or len(note) > NOTE_LIMIT:
+        raise BadRequest(f"note must be a string of at most {NOTE_LIMIT} characters")
     if expires_in is not None:
         if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not 0 < expires_in < NEVER:
             raise BadRequest("expires_in must be a number of seconds greater than 0")
@@ -3964,7 +4017,8 @@ class AuthorizeTokenResource(Resource):
         if identity is None:
             user = self.hub.sign_in(body, req.env, req.env["minihub.client"].address)
             require(user, "Invalid username or password")
-            sign_in_browser(req, resp, self.hub, user)
+            if not is_from_another_site(req):  # which could sign people in under a name of its choice
+                sign_in_browser(req, resp, self.hub, user)
         else:
             user = self._meant(identity, body.get("username"))
         token, _ = self.hub.create_token(user, "Requested via deprecated api")
@@ -4406,7 +4460,7 @@ def server_actions(req, resp, hub, server) -> list[Markup]:
     watch = markup('<a class=button href="{url}">Watch</a>', url=server_page(req, "spawn-pending", server))
     start, stop, delete = (server_button(req, resp, hub, server, *what) for what in (
         ("spawn", "Start"), ("stop", "Stop", "quiet"), ("delete", "Delete", "quiet")))
-    return {"stopped": [start, delete] if server.name else [start], "spawning": [watch, stop], "ready": [opens, stop],
+    return {"stopped": [start, delete] if server.name and server.id else [start], "spawning": [watch, stop], "ready": [opens, stop],
             "stopping": [], "deleted": []}[server.status]
 
 
@@ -4441,7 +4495,9 @@ class SpawnPage(Resource):
     @falcon.before(needs_own_pages)
     def on_get(self, req, resp, name="", server_name=""):
         """On to the server if it runs or starts, else a button: nothing starts by following a link."""
-        server = self.hub.find_or_create_server(req.context.owner, server_name)
+        if server_name:
+            self.hub.check_named_servers()
+        server = self.hub.get_or_plan_server(req.context.owner, server_name)
         if self.hub.observe(server).status in ("ready", "spawning"):
             resp.status, resp.location = 302, self._place(req, server)
         else:
@@ -4825,18 +4881,18 @@ class Hub(HubCore):
                 "minihub.mount": Mount(base, address)}
 
     def _own_address(self, environ):
-        """Where servers on this machine reach the WSGI host. Its socket knows; the Host header is only a client's word."""
-        listener = environ.get("gunicorn.socket")
-        if listener is not None and listener.family == socket.AF_UNIX:
+        """Where servers on this machine reach the WSGI host: at what it listens on, whichever of the machine's addresses a
+        client has used. On a unix socket gunicorn takes it from the Host header, which is only a client's word."""
+        client = environ.get("gunicorn.socket")
+        if client is not None and client.family == socket.AF_UNIX:
             return self._mount.address if self._mount else self.guess_mount().address
-        name = listener.getsockname()[:2] if listener is not None else (environ["SERVER_NAME"], environ["SERVER_PORT"])
-        return local_address(*name)
+        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"])
 
     # Requests for servers
 
     def _find_route(self, mount, path):
         """Target and data of the longest route above the path, or None. A named server's lies below the default one's."""
-        if not path.startswith(("/user/", "/services/")):
+        if not path.startswith(("/user/", "/services/")) or not isinstance(self.proxy, EmbeddedProxy):
             return None
         _, kind, name, below, *_ = (path.encode("latin-1").decode("utf-8", "replace") + "//").split("/")
         shorter = f"{mount.base}{kind}/{quote_name(name)}/"
@@ -4921,9 +4977,9 @@ class Hub(HubCore):
             self.disconnect()
             return 503, NO_DATABASE
         if isinstance(error, Overtaken):
-            log.warning("%s %s was overtaken by another request", req.method, req.path, exc_info=error)
+            log.warning("%s %r was overtaken by another request", req.method, req.path, exc_info=error)
             return 409, "Somebody else has changed this in the same moment. Look at it again"
-        log.error("%s %s failed", req.method, req.path, exc_info=error)
+        log.error("%s %r failed", req.method, req.path, exc_info=error)
         return 500, "Internal Server Error"
 
     # The end

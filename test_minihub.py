@@ -660,7 +660,7 @@ def test_a_wrong_setting_stops_the_hub_with_one_sentence_that_names_it(make_hub,
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("start_timeout", float("nan")), ("start_timeout", float("inf")), ("start_timeout", True), ("start_timeout", "60"),
-    ("named_server_limit", None), ("public_url", "https://"), ("public_url", "ftp://example.org"),
+    ("named_server_limit", None), ("named_server_limit", 1.5), ("concurrent_spawn_limit", 2.0), ("public_url", "https://"), ("public_url", "ftp://example.org"),
     ("hub_url", "http://127.0.0.1:99999"), ("hub_url", "http://[::1"), ("cmd", "jupyterhub-singleuser 'unfinished"),
     ("admins", "root"), ("admins", [1]), ("authenticator", "dummy"), ("authenticator", "json:nothing_there"),
     ("spawner", object()), ("database", "postgresql://me:secret@127.0.0.1:1/hub"), ("database", "sqlite:////no/where/hub")])
@@ -1664,6 +1664,7 @@ def test_no_header_can_hold_another(more):
     ("/user/ada/a b", "", "", "/user/ada/a%20b"),
     ("/user/ada/\xc3\xa9", None, "", "/user/ada/%C3%A9"),
     ("/user/ada/x", "http://lab/user/ada/x", "", "/user/ada/x"),
+    ("/user/ada/x-y%/..", "/us%65r/%61da/x%2Dy%25/%2e%2e", "", "/user/ada/x-y%25/%2e%2e"),
     ("/user/ada/x", "/user/bob/x", "", "/user/ada/x"),
     ("/user/ada/x y", "/user/ada/x y", "", "/user/ada/x%20y"),
     ("/user/ada/\r\nX: 1", "/user/ada/%0D%0AX:%201", "", "/user/ada/%0D%0AX:%201"),
@@ -1687,6 +1688,9 @@ def test_the_mount_point_is_a_part_of_the_path():
     (("10.0.0.0/8",), "10.0.0.1", {"FOR": "10.0.0.8, 10.0.0.9"}, ("10.0.0.8", "http", "lab:8000")),
     (("10.0.0.1",), "10.0.0.1", {"PROTO": "https, http", "HOST": "a, b"}, ("10.0.0.1", "http", "b")),
     (("10.0.0.1",), "10.0.0.1", {"PROTO": "javascript", "FOR": " , "}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "7.7.7.7, unknown"}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "x" * 1000}, ("10.0.0.1", "http", "lab:8000")),
+    (("10.0.0.1",), "10.0.0.1", {"FOR": "<x>, 7.7.7.7"}, ("7.7.7.7", "http", "lab:8000")),
     (("127.0.0.1",), "::ffff:127.0.0.1", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
     (("::1",), "::1", {"FOR": "2001:db8::1"}, ("2001:db8::1", "http", "lab:8000")),
     (("127.0.0.1",), "", {"FOR": "6.6.6.6"}, ("6.6.6.6", "http", "lab:8000")),
@@ -1711,6 +1715,12 @@ def test_a_trusted_proxys_chain_is_continued_and_others_begin_anew():
     ("my-jupyterhub-hub-login=1; a=jupyterhub-hub-login", "my-jupyterhub-hub-login=1; a=jupyterhub-hub-login")])
 def test_the_hubs_cookies_are_cut_out(header, left):
     assert minihub.strip_cookies(header, minihub.HUB_COOKIES) == left
+
+
+@pytest.mark.parametrize("header", ["X-Accel-Redirect", "x-sendfile", "X-LIGHTTPD-send-file"])
+def test_a_server_cannot_make_a_web_server_in_front_send_its_files(header):
+    head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: /protected\r\nX-Accel-Buffering: no".encode())
+    assert head.passed_on() == [("X-Accel-Buffering", "no")]
 
 
 @pytest.mark.parametrize("text, hubs", [
@@ -2574,6 +2584,21 @@ def test_a_server_that_sends_chunks_to_a_client_of_http_1_0_is_not_passed_on(wai
     assert server.heard[0].startswith(b"GET /user/bob/api HTTP/1.0\r\n")
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n"])
+def test_a_host_that_lends_no_socket_waits_for_a_silent_server_only_so_long(waitress, at_home, scripted, answer):
+    with at_home.connected():
+        at_home.proxy.add_route("/user/bob/", scripted(answer, hold=True).address, {"user": "bob", "server_name": ""})
+    assert waitress.request("GET", "/user/bob/lab", timeout=10).status == 503
+
+
+def test_a_host_that_lends_no_socket_ends_a_response_that_has_stopped(waitress, at_home, scripted):
+    server = scripted(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", hold=True)
+    with at_home.connected():
+        at_home.proxy.add_route("/user/bob/", server.address, {"user": "bob", "server_name": ""})
+    with pytest.raises(http.client.IncompleteRead):
+        waitress.request("GET", "/user/bob/lab", timeout=10)
+
+
 @pytest.mark.parametrize("path, kind", [("/user/ada/lab", "text/html"), ("/user/ada/api", "application/json")])
 def test_a_host_with_a_single_thread_that_lends_no_socket_says_what_to_do(at_home, path, kind):
     answer = webtest.TestApp(at_home).get(path, status=503)
@@ -3400,7 +3425,8 @@ def test_failed_sign_ins_are_forgotten_after_a_good_one(opened):
 
 
 @pytest.mark.parametrize(("key", "limit", "refused", "let_in"), [
-    ("ada", 50, ("ada", "10.9.9.9"), ("bob", "10.9.9.9")), ("10.0.0.1", 200, ("bob", "10.0.0.1"), ("bob", "10.9.9.9"))])
+    ("name ada", 50, ("ada", "10.9.9.9"), ("bob", "10.9.9.9")),
+    ("address 10.0.0.1", 200, ("bob", "10.0.0.1"), ("bob", "10.9.9.9"))])
 def test_many_failures_stop_a_name_or_an_address(opened, key, limit, refused, let_in):
     for _ in range(limit):
         opened._count_failure({key: limit})
@@ -3408,10 +3434,27 @@ def test_many_failures_stop_a_name_or_an_address(opened, key, limit, refused, le
     assert sign_in(opened, let_in[0], password_of(let_in[0]), let_in[1]) == let_in[0]
 
 
-@pytest.mark.parametrize("name", ["\0", "x" * 1000, "\ud800", "\N{GRINNING FACE}" * 300])
-def test_odd_names_cannot_sign_in(opened, name):
+@pytest.mark.parametrize("name", ["\0", "x" * 1000, "\ud800", "\N{GRINNING FACE}" * 300, "a\nuser root signed in from ::1\x1b[2J"])
+def test_odd_names_cannot_sign_in(opened, caplog, name):
+    caplog.set_level("INFO")
     assert sign_in(opened, name, "wrong") is None
-    assert max(len(row.key) for row in minihub.Failure.select()) <= 255 + len(" 10.0.0.1")
+    assert max(len(row.key) for row in minihub.Failure.select()) < 300
+    assert caplog.messages == [Like("sign-in failed: '.*' from 10.0.0.1")] and caplog.messages[0].isprintable()
+
+
+@pytest.mark.parametrize("name", ["ada 10.0.0.1", "10.0.0.1 ada", "10.0.0.1", "name ada", "ada"])
+def test_failures_elsewhere_under_a_like_name_keep_nobody_out(opened, name):
+    for number in range(5):
+        assert sign_in(opened, name, "wrong", f"10.1.1.{number}") is None
+    for _ in range(4):
+        assert sign_in(opened, name, "wrong", "10.2.2.2") is None
+    assert sign_in(opened, "ada", password_of("ada")) == "ada"
+
+
+def test_who_has_a_whole_network_of_addresses_is_one_who_tries(opened):
+    tries = [sign_in(opened, "ada", "wrong", f"2001:db8::{number}") for number in range(6)]
+    assert tries == [None] * 5 + [Like("Too many failed sign-ins.*")]
+    assert sign_in(opened, "ada", "wrong", "2001:db8:0:1::1") is None
 
 
 def test_whoever_the_authenticator_vouches_for_becomes_a_user(make_hub):
@@ -3994,6 +4037,16 @@ def test_a_lost_route_comes_back_and_a_stray_one_goes(hub, root, ada):
     assert set(root("GET", "/proxy").json) == {"/", "/user/ada/"}
 
 
+@pytest.mark.parametrize("change", [{"api_url": "garbage"}, {"api_url": "http://x:99999"}, {"api_url": "file:///etc"},
+                                    {"api_url": "http://[::1"}, {"port": "x"}, {"port": "99999"}, {"ip": "a b"}, {"protocol": "gopher"}])
+def test_a_proxy_is_not_moved_to_where_none_can_be(make_hub, change):
+    hub = people(make_hub(proxy="chp"))
+    message = api_of(hub, "root")("PATCH", "/proxy", change, status=400).json["message"]
+    assert message.startswith("The proxy's API must be at an address like http://127.0.0.1:8001, not ")
+    with hub.connected():
+        assert hub.proxy.place()["api_url"] == "http://127.0.0.1:8001"
+
+
 def test_the_embedded_proxy_cannot_be_moved(root):
     assert "MINIHUB_PROXY" in root("PATCH", "/proxy", {"port": "9"}, status=400).json["message"]
     assert root("PATCH", "/proxy", status=400).json["message"] == "need JSON body"
@@ -4201,7 +4254,7 @@ REFUSED = [
     ("root", "POST", "/users/eve/tokens", None, error(404, "No such user: eve")),
     *(("ada", "POST", "/users/ada/tokens", {"expires_in": value}, error(400, "expires_in must be a number of seconds greater than 0"))
       for value in (0, -1, -0.5, "60", True, [], {}, 10 ** 30, 1e300)),
-    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string")) for value in (5, ["x"], {"a": 1}, "\0")),
+    *(("ada", "POST", "/users/ada/tokens", {"note": value}, error(400, "note must be a string of at most 1023 characters")) for value in (5, ["x"], {"a": 1}, "\0")),
     ("nobody", "POST", "/users/ada/tokens", None, MISSING),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, MISSING) for value in (None, [], "ada", 1)),
     *(("nobody", "POST", "/users/ada/tokens", {"auth": value}, error(403, "Invalid username or password")) for value in (
@@ -4309,9 +4362,9 @@ def test_deeply_nested_json_is_refused(root, ada):
 
 
 def test_a_huge_body_is_refused(ada):
-    options = '{"a": "' + "x" * (minihub.BODY_LIMIT - 9)
-    ada("POST", "/users/ada/server", raw=f'{options}"}}'.encode(), status=201)
-    assert ada("POST", "/users/ada/server", raw=f'{options}x"}}'.encode(), status=413).json == error(
+    body = '{"a": "' + "x" * (minihub.BODY_LIMIT - 9)
+    ada("POST", "/users/ada/tokens", raw=f'{body}"}}'.encode(), status=201)
+    assert ada("POST", "/users/ada/tokens", raw=f'{body}x"}}'.encode(), status=413).json == error(
         413, f"The body is longer than {minihub.BODY_LIMIT} bytes")
 
 
@@ -4871,6 +4924,14 @@ def test_the_old_way_to_a_token_still_leads_to_one(hub, who, body, name):
     assert Api(hub, response.json["token"])("GET", "/user").json["name"] == name
     cookies = [cookie.partition("=")[0] for cookie in response.headers.getall("Set-Cookie")]
     assert cookies == ([] if who else ["jupyterhub-hub-login", "jupyterhub-session-id"])
+
+
+@pytest.mark.parametrize("origin, cookies", [
+    ("http://localhost:80", 2), ("http://evil.example", 0), ("https://localhost:80", 0), ("null", 0)])
+def test_a_form_of_another_site_signs_nobody_in(hub, origin, cookies):
+    response = Api(hub, HTTP_HOST="localhost:80")("POST", "/authorizations/token", {
+        "username": "ada", "password": password_of("ada")}, headers={"Origin": origin, "Content-Type": "text/plain"})
+    assert len(response.headers.getall("Set-Cookie")) == cookies
 
 
 def test_the_old_way_makes_a_user_of_whom_the_authenticator_vouches_for(make_hub):
@@ -5483,6 +5544,18 @@ def test_there_is_one_first_admin_only(first_link):
         assert hub.get_user("eve") is None
 
 
+@pytest.mark.parametrize("length, status", [(64 * 1024 - 9, 201), (64 * 1024 - 8, 400)])
+def test_options_have_a_limit(ada, length, status):
+    response = ada("POST", "/users/ada/server", {"a": "x" * length}, status=status)
+    assert status == 201 or response.json == error(400, "The options of a start must not be longer than 65536 bytes")
+
+
+@pytest.mark.parametrize("length, status", [(1023, 201), (1024, 400)])
+def test_the_note_of_a_token_has_a_limit(ada, length, status):
+    response = ada("POST", "/users/ada/tokens", {"note": "x" * length}, status=status)
+    assert status == 201 or response.json == error(400, "note must be a string of at most 1023 characters")
+
+
 @pytest.mark.parametrize("options", [[], "cpu", 2, True])
 def test_options_are_an_object(ada, options):
     assert ada("POST", "/users/ada/server", options, status=400).json == error(400, "The options of a start must be a JSON object")
@@ -5670,6 +5743,22 @@ def test_the_limit_of_servers_is_explained(make_hub):
     assert "already has the maximum of 1 named servers" in alert_of(start_named(pages, "two", status=400))[0]
 
 
+def test_the_page_of_a_named_server_makes_none_before_it_is_started(hub):
+    pages = pages_of(hub, "ada")
+    page = pages.get("/hub/spawn/ada/project", status=200)
+    assert (buttons_of(page), server_row(hub, "ada", "project")) == (["Start"], None)
+    assert page.form.submit(status=303).headers["Location"] == "/hub/spawn-pending/ada/project"
+    assert server_row(hub, "ada", "project").status == "spawning"
+
+
+@pytest.mark.parametrize("settings, name, message", [
+    ({"named_servers": False}, "project", "Named servers are not enabled."), ({}, "lab", "Invalid server_name: 'lab'. Use up to 63.*")])
+def test_there_is_no_page_for_a_server_that_cannot_be(make_hub, settings, name, message):
+    hub = people(make_hub(**settings))
+    assert alert_of(pages_of(hub, "ada").get(f"/hub/spawn/ada/{name}", status=400)) == [Like(message)]
+    assert server_row(hub, "ada", name) is None
+
+
 def test_without_named_servers_there_is_no_form_for_them(make_hub):
     hub = people(make_hub(named_servers=False))
     pages = pages_of(hub, "ada")
@@ -5761,6 +5850,14 @@ def test_programs_are_told_that_a_server_does_not_run(hub, method, path, accept)
     name = path.split("/")[2]
     assert response.json == {"status": 503, "message": f"JupyterHub server no longer running at {path}. Restart the server at"
                                                        f" /hub/spawn/{name}"}
+
+
+@pytest.mark.parametrize("sent", ["/h%75b/user/ada/lab", "/%68%75%62/user/ada/lab", "/hub/%75ser/ada/lab"])
+def test_no_spelling_of_an_address_leads_to_another_site(hub, sent):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    response = pages.get("/hub/user/ada/lab", extra_environ={"RAW_URI": sent}, status=302)
+    assert response.headers["Location"] == "/user/ada/lab"
 
 
 def test_a_link_for_everybody_leads_to_ones_own_server(hub):
@@ -6240,6 +6337,25 @@ def test_a_hub_below_a_path_sends_browsers_there(below):
     assert site.get("/lab/hub/home", status=200).text.count('action="/lab/hub/') > 0
 
 
+def test_routes_of_an_embedded_proxy_are_nobodys_when_there_is_another(make_hub, tmp_path):
+    database = f"sqlite:///{tmp_path}/hub.sqlite"
+    with (before := people(make_hub(database=database))).connected():
+        running(before)
+    response = pages_of(make_hub(database=database, proxy="chp")).get("/user/ada/lab", status=302)
+    assert response.headers["Location"] == "/hub/user/ada/lab"
+
+
+def test_the_hub_is_in_one_place_by_whatever_address_its_machine_is_reached(hub):
+    stored = []
+    hub.arrive = stored.append
+    app = webtest.TestApp(hub, extra_environ={"SERVER_NAME": "0.0.0.0", "SERVER_PORT": "8000"})
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with socket.create_connection((address, listener.getsockname()[1])), listener.accept()[0] as connection:
+                app.get("/hub/health", extra_environ={"gunicorn.socket": connection})
+    assert stored == [minihub.Mount("/", "http://127.0.0.1:8000")] * 2
+
+
 def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
     ada("POST", "/users/ada/server", status=201, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
     assert spawner.launches[0].variables["JUPYTERHUB_API_URL"] == "http://127.0.0.1:80/hub/api"
@@ -6323,6 +6439,123 @@ def test_a_hub_that_is_told_to_does_not_tick(hub, nobody):
     before = threading.active_count()
     nobody("GET", "/")
     assert (hub._ticking, threading.active_count()) == (None, before)
+
+
+BENCH_TOKEN = "bench-admin-token"
+
+JUPYTERHUB_CONFIG = """
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.JupyterHub.bind_url = "http://127.0.0.1:{public}"
+c.JupyterHub.hub_port = {hub}
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{proxy}"
+c.JupyterHub.services = [{{"name": "bench", "api_token": "{token}"}}]
+c.JupyterHub.load_roles = [{{"name": "admin", "services": ["bench"]}}]
+c.JupyterHub.log_level = "ERROR"
+"""
+
+
+@contextlib.contextmanager
+def serving(folder, port, *command, **environ):
+    """A hub that listens on the port; yields the seconds to its first answer, and its process."""
+    with open(folder / "log", "wb") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, stdout=output, stderr=output,
+                                   env={**os.environ, "PYTHONPATH": str(HERE), **environ}, start_new_session=True)
+    try:
+        wait_for(lambda: answers_health(port), 60, f"{command[0]} does not answer")
+        yield time.perf_counter() - began, process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers_health(port):
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        connection.request("GET", "/hub/health")
+        return connection.getresponse().status == 200
+
+
+def measured_minihub(folder):
+    """The figures of a gunicorn with one sync worker."""
+    port = minihub.free_port()
+    services = json.dumps([{"name": "bench", "admin": True, "api_token": BENCH_TOKEN}])
+    with serving(folder, port, "gunicorn", "minihub:app", "--bind", f"127.0.0.1:{port}", "--no-control-socket",
+                 MINIHUB_SERVICES=services) as (seconds, process):
+        return measured(port, seconds, process)
+
+
+def measured_jupyterhub(folder):
+    """The figures of JupyterHub, asked at its hub's own port, which is its quickest."""
+    ports = {name: minihub.free_port() for name in ("public", "hub", "proxy")}
+    (folder / "config.py").write_text(JUPYTERHUB_CONFIG.format(token=BENCH_TOKEN, **ports))
+    with serving(folder, ports["hub"], "jupyterhub", "-f", "config.py") as (seconds, process):
+        wait_for(lambda: is_open(ports["public"]), 60, "the proxy does not listen")
+        return measured(ports["hub"], seconds, process)
+
+
+def measured(port, seconds, process):
+    """What there is to say of a hub, by what it is."""
+    admin = {"Authorization": f"token {BENCH_TOKEN}"}
+    answered(port, "POST", "/hub/api/users/ada", admin)
+    token = answered(port, "POST", "/hub/api/users/ada/tokens", admin)["token"]
+    began = time.perf_counter()
+    answered(port, "POST", "/hub/api/users", admin, {"usernames": [f"student{number}" for number in range(1000)]})
+    creation = time.perf_counter() - began
+    ada = {"Authorization": f"token {token}"}
+    return {
+        "start to first answer, s": seconds,
+        "1,000 users by POST /users, s": creation,
+        "GET /user, requests/s": rate(port, "/hub/api/user", ada, reuse=False),
+        "GET /user, requests/s, keep-alive": rate(port, "/hub/api/user", ada, reuse=True),
+        "GET /health, requests/s": rate(port, "/hub/health", {}, reuse=False),
+        "GET /health, requests/s, keep-alive": rate(port, "/hub/health", {}, reuse=True),
+        "memory of all its processes, MB": sum(map(memory_of, family_of(process.pid))) / 1e6}
+
+
+def answered(port, method, path, headers, body=None):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        connection.request(method, path, body and json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read()
+        assert response.status in (200, 201), content
+        return json.loads(content)
+
+
+def rate(port, path, headers, reuse, count=500):
+    """Requests a second of one client, who may use a connection again, if the hub lets it."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        began = time.perf_counter()
+        for _ in range(count):
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+            if not reuse:
+                connection.close()
+        return count / (time.perf_counter() - began)
+
+
+def family_of(pid):
+    """A process and all that it has started."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *itertools.chain.from_iterable(family_of(int(child)) for child in children)]
+
+
+@pytest.mark.bench
+def test_how_it_compares_with_jupyterhub(tmp_path, capsys):
+    pytest.importorskip("jupyterhub", reason="pip install '.[classroom]'")
+    folders = [tmp_path / name for name in ("minihub", "jupyterhub")]
+    for folder in folders:
+        folder.mkdir()
+    ours = measured_minihub(folders[0])
+    theirs = measured_jupyterhub(folders[1]) if CHP else {}
+    with capsys.disabled():
+        print(f"\n{'':36}{'minihub':>10}{'JupyterHub':>12}{'ratio':>8}")
+        for what, figure in ours.items():
+            other = theirs.get(what)
+            print(f"{what:36}{figure:10.1f}" + (f"{other:12.1f}{figure / other:8.2f}" if other else ""))
 
 
 #: A single-user server that starts in milliseconds and answers 200 to everything. Its arguments: the port, and how many
