@@ -3137,10 +3137,11 @@ class HubCore:
     def _take_lease(self, job, seconds):
         """Whether this hub may do the job for so long: nobody else has it, or their time is over."""
         expires = now() + timedelta(seconds=seconds)
-        mine_or_over = (Lease.job == job) & ((Lease.holder == self._holder) | (Lease.expires < now()))
-        if Lease.update(holder=self._holder, expires=expires).where(mine_or_over).execute():
+        holder = f"{self._holder}-{os.getpid()}"  # the children of a fork are others
+        mine_or_over = (Lease.job == job) & ((Lease.holder == holder) | (Lease.expires < now()))
+        if Lease.update(holder=holder, expires=expires).where(mine_or_over).execute():
             return True
-        return bool(Lease.insert(job=job, holder=self._holder, expires=expires)
+        return bool(Lease.insert(job=job, holder=holder, expires=expires)
                     .on_conflict_ignore().as_rowcount().execute())
 
     def _purge(self):

@@ -6706,6 +6706,342 @@ def test_in_chaos_nothing_is_lost(live, tmp_path):
     assert min(counts) > 0, f"too little has happened: {counts}"
 
 
+@pytest.fixture
+def crowd(live, tmp_path):
+    """A gunicorn with two workers of eight threads each, whose servers are mock servers."""
+    return start_mocked(live, tmp_path, "-w", "2", "--threads", "8", slow_spawn_timeout=1, slow_stop_timeout=1)
+
+
+def test_twenty_who_start_a_server_at_once_start_it_once(crowd, tmp_path):
+    statuses = at_once(*[lambda: crowd.api("POST", "/users/ada/server", crowd.token)[0]] * 20)
+    assert set(statuses) <= {201, 202, 400} and {201, 202} & set(statuses)
+    wait_for(lambda: status_of(crowd) == "ready")
+    assert list(groups_in(tmp_path)) == [pid_of(crowd)]
+
+
+def test_a_start_against_a_stop_ends_with_one_of_them(crowd):
+    start, stop = (lambda: crowd.api("POST", "/users/ada/server", crowd.token)), (lambda: crowd.api("DELETE", "/users/ada/server", crowd.token))
+    for _ in range(5):
+        statuses = [answer[0] for answer in at_once(start, stop, start, stop)]
+        assert set(statuses) <= {201, 202, 204, 400}
+        wait_for(lambda: status_of(crowd) in ("ready", "stopped") and not discrepancies(crowd))
+
+
+@pytest.mark.parametrize(("method", "body", "done"), [("DELETE", None, 204), ("PATCH", {"name": "grace"}, 200)])
+def test_a_start_against_the_end_of_a_name_ends_with_one_of_them(crowd, method, body, done):
+    for _ in range(5):
+        crowd.api("POST", "/users/ada", crowd.token)
+        started, (ended, _) = at_once(lambda: crowd.api("POST", "/users/ada/server", crowd.token)[0],
+                                      lambda: crowd.api(method, "/users/ada", crowd.token, body))
+        assert started in (201, 202, 404) and ended in (done, 400)
+        wait_for(lambda: not discrepancies(crowd))
+        assert status_of(crowd) == ("ready" if ended == 400 else None)
+        for name in ("ada", "grace"):
+            crowd.api("DELETE", f"/users/{name}", crowd.token)
+    assert groups_in(crowd.folder) == {}
+
+
+def test_a_start_goes_on_over_the_end_of_all_workers(live, tmp_path):
+    hub = start_mocked(live, tmp_path, "-w", "2", seconds=2)
+    assert hub.api("POST", "/users/ada/server", hub.token)[0] == 202
+    kill_all(hub)
+    process, = groups_in(tmp_path)
+    assert status_of(hub) == "spawning"
+    hub.start()
+    wait_for(lambda: status_of(hub) == "ready")
+    assert pid_of(hub) == process and discrepancies(hub) == {}
+
+
+#: A spawner whose first start takes very long, before or after there is a process.
+SLOW_SPAWNER = """
+import time
+from pathlib import Path
+import minihub
+
+if Path("slow").exists():
+    minihub.INTERRUPTED_AFTER = 1
+
+class Before(minihub.SubprocessSpawner):
+    def start(self, server):
+        if not Path("slow").exists():
+            Path("slow").touch()
+            time.sleep(60)
+        return super().start(server)
+
+class After(minihub.SubprocessSpawner):
+    def start(self, server):
+        state = super().start(server)
+        if not Path("slow").exists():
+            Path("slow").touch()
+            time.sleep(60)
+        return state
+"""
+
+
+@pytest.mark.parametrize(("kind", "left_behind"), [("Before", 0), ("After", 1)])
+def test_a_start_that_is_interrupted_around_its_process_is_finished(live, tmp_path, kind, left_behind):
+    (tmp_path / "slow_spawner.py").write_text(SLOW_SPAWNER)
+    hub = start_mocked(live, tmp_path, "--threads", "4", spawner=f"slow_spawner:{kind}")
+
+    def start():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            hub.api("POST", "/users/ada/server", hub.token)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    wait_for((tmp_path / "slow").exists)
+    kill_all(hub)
+    starting.join()
+    left = list(groups_in(tmp_path))
+    assert (status_of(hub), len(left)) == ("spawning", left_behind)
+    hub.start()
+    wait_for(lambda: status_of(hub) == "ready")
+    assert discrepancies(hub) == {} and (not left or left == [pid_of(hub)])
+
+
+def test_a_stop_goes_on_over_the_end_of_all_workers(live, tmp_path):
+    hub = start_mocked(live, tmp_path, stubborn="stubborn")
+    hub.start_server("ada", hub.token)
+    assert hub.api("DELETE", "/users/ada/server", hub.token)[0] == 202
+    kill_all(hub)
+    assert (status_of(hub), len(groups_in(tmp_path))) == ("stopping", 1)
+    hub.start()
+    wait_for(lambda: status_of(hub) == "stopped")
+    assert (groups_in(tmp_path), discrepancies(hub)) == ({}, {})
+
+
+#: A spawner that writes down which process asks after a server.
+WATCHING_SPAWNER = """
+import os
+import minihub
+
+class Spawner(minihub.SubprocessSpawner):
+    def poll(self, state):
+        with open("polls", "a") as file:
+            print(os.getpid(), file=file)
+        return super().poll(state)
+"""
+
+
+@pytest.mark.parametrize("options", [["-w", "3"], ["-w", "3", "--preload"]], ids=" ".join)
+def test_one_worker_ticks_and_when_it_is_killed_another(live, tmp_path, options):
+    def tickers():
+        """Who has asked since the last call, three times or more, so that a second one would have had its turn."""
+        (tmp_path / "polls").unlink(missing_ok=True)
+        wait_for(lambda: (tmp_path / "polls").exists() and (tmp_path / "polls").read_text().count("\n") >= 3, 15)
+        return {int(pid) for pid in (tmp_path / "polls").read_text().split()}
+
+    (tmp_path / "watching.py").write_text(WATCHING_SPAWNER)
+    hub = start_mocked(live, tmp_path, *options, seconds=50, spawner="watching:Spawner")
+    for _ in range(30):  # until every worker has had a request, and so a ticker
+        hub.request("GET", "/hub/health")
+    assert hub.api("POST", "/users/ada/server", hub.token)[0] == 202
+    first, = tickers()
+    assert first in hub.workers()
+    os.kill(first, signal.SIGKILL)
+    second, = tickers()
+    assert second != first
+
+
+#: Kills its process in the middle of an import of many users.
+FRAGILE_SPAWNER = """
+import os, signal
+from pathlib import Path
+import minihub
+
+class Spawner(minihub.SubprocessSpawner):
+    pass
+
+insert_many, calls = minihub.Server.insert_many, []
+
+def insert(rows):
+    calls.append(rows)
+    if len(calls) == 5 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return insert_many(rows)
+
+minihub.Server.insert_many = insert
+"""
+
+
+def test_an_import_whose_worker_is_killed_in_the_middle_leaves_nothing(live, tmp_path):
+    (tmp_path / "fragile.py").write_text(FRAGILE_SPAWNER)
+    hub = start_mocked(live, tmp_path, "-w", "2", spawner="fragile:Spawner")
+    names = {"usernames": [f"student{number}" for number in range(1000)]}
+    with pytest.raises((OSError, http.client.HTTPException)):
+        hub.api("POST", "/users", hub.token, names)
+    assert hub.rows("SELECT count(*) FROM users WHERE name LIKE 'student%'") == [0]
+    assert hub.api("POST", "/users", hub.token, names)[0] == 201
+    assert hub.rows("SELECT count(*) FROM users WHERE name LIKE 'student%'") == [1000]
+
+
+@pytest.mark.bench
+def test_others_are_answered_while_a_thousand_users_are_imported(live, tmp_path, capsys):
+    def ask():
+        begin = time.perf_counter()
+        assert hub.request("GET", "/hub/health").status == 200
+        return time.perf_counter() - begin
+
+    hub = start_mocked(live, tmp_path, "-w", "2")
+    importing = threading.Thread(target=hub.api, args=("POST", "/users", hub.token, {
+        "usernames": [f"student{number}" for number in range(1000)]}))
+    importing.start()
+    seconds = [ask()]
+    while importing.is_alive() or len(seconds) < 20:
+        seconds.append(ask())
+    p95 = statistics.quantiles(seconds, n=20)[-1]
+    with capsys.disabled():
+        print(f"\nGET /hub/health during an import of 1,000 users: p95 {p95 * 1000:.1f} ms of {len(seconds)}")
+    assert p95 < 0.05
+
+
+@pytest.mark.database("sqlite")
+def test_a_full_disk_is_said_and_got_over(hub, root):
+    root("GET", "/users")
+    with hub.connected():
+        pages, = hub.database.execute_sql("PRAGMA page_count").fetchone()
+        hub.database.execute_sql(f"PRAGMA max_page_count = {pages}")
+    many = {"usernames": [f"student{number}" for number in range(500)]}
+    assert root("POST", "/users", many, status=503).json == error(503, minihub.NO_DATABASE)
+    with hub.connected():
+        assert minihub.User.select().count() == 3
+        hub.database.execute_sql("PRAGMA max_page_count = 1073741823")
+    assert len(root("POST", "/users", many, status=201).json) == 500
+
+
+@pytest.mark.database("sqlite")
+def test_a_locked_database_is_said_and_got_over(hub, root):
+    root("GET", "/users")
+    with hub.connected():
+        hub.database.execute_sql("PRAGMA busy_timeout = 50")
+        path = hub.database.database
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert root("POST", "/users/eve", status=503).json == error(503, minihub.NO_DATABASE)
+    root("POST", "/users/eve", status=201)
+
+
+@pytest.fixture
+def real(make_hub, tmp_path):
+    """A hub whose servers are real processes, mock servers; nothing of them is left afterwards."""
+    (tmp_path / "mock.py").write_text(MOCK_SERVER)
+    yield people(make_hub(spawner="subprocess", cmd=f"{sys.executable} -IS {tmp_path / 'mock.py'} {{port}} 0"))
+    for group in groups_in(tmp_path):
+        os.killpg(group, signal.SIGKILL)
+
+
+@pytest.mark.database("sqlite")
+@pytest.mark.parametrize(("place", "problem"), [
+    ("homes", "FileExistsError|NotADirectoryError"), ("run", "FileExistsError|NotADirectoryError"), ("run/ada", "FileExistsError|NotADirectoryError"),
+    ("run/ada/server.log/x", "IsADirectoryError")])
+def test_a_server_without_room_for_its_files_says_so_and_starts_later(real, tmp_path, place, problem):
+    root, obstacle = api_of(real, "root"), tmp_path / place
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.write_text("in the way")
+    if "x" == obstacle.name:
+        (tmp_path / "run/ada/server.log.old").mkdir()
+        (tmp_path / "run/ada/server.log.old/y").touch()
+    message = root("POST", "/users/ada/server", status=500).json["message"]
+    assert re.match(f"ada's server failed to start. ({problem}|OSError): ", message)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True) if place.startswith("run/") else obstacle.unlink()
+    wait_for(lambda: root("POST", "/users/ada/server", status=(201, 202, 400)).status_int in (201, 400))
+
+
+@pytest.mark.database("sqlite")
+def test_a_home_that_is_gone_is_made_anew(real, tmp_path):
+    root = api_of(real, "root")
+    shutil.rmtree(tmp_path / "homes", ignore_errors=True)
+    assert root("POST", "/users/ada/server", status=(201, 202))
+    assert (tmp_path / "homes" / "ada").is_dir()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="apt-get install util-linux")
+def test_a_database_that_cannot_be_written_stops_the_hub_with_a_sentence(tmp_path):
+    people(Hub(database=f"sqlite:///{tmp_path}/hub.sqlite", tick_interval=0)).disconnect()
+    for path in tmp_path.glob("hub.sqlite*"):
+        path.chmod(0o444)
+    unprivileged = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []  # modes bind root, too
+    done = subprocess.run([*unprivileged, sys.executable, "-m", "minihub", "link", "ada"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(HERE), "PATH": os.defpath, "MINIHUB_DATABASE": "sqlite:///hub.sqlite"})
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1, "", "minihub: Setting database (MINIHUB_DATABASE) cannot be opened (Permission denied),"
+               f" not 'sqlite:///{tmp_path}/hub.sqlite'\n")
+
+
+WORKERS = [["-w", "4"], ["--threads", "8"], ["-w", "2", "--preload"], ["-w", "2", "--threads", "4", "--preload"]]
+
+
+@pytest.mark.parametrize("options", WORKERS, ids=" ".join)
+def test_workers_of_any_kind_answer_alike(live, tmp_path, options):
+    hub = start_mocked(live, tmp_path, *options)
+    hub.start_server("ada", hub.token)
+    hub.request("POST", "/hub/api/users/ada/tokens", "{}", {"Authorization": f"token {hub.token}"})
+
+    def without_times(model):
+        return {key: value for key, value in model.items() if "activity" not in key and key != "servers"}
+
+    answers = at_once(*[lambda: hub.api("GET", "/users", hub.token)] * 16)
+    assert {json.dumps((status, [without_times(model) for model in models])) for status, models in answers} == {
+        json.dumps((200, [without_times(model) for model in answers[0][1]]))}
+    assert {hub.request("GET", "/user/ada/").body for _ in range(8)} == {b"mock"}
+    assert discrepancies(hub) == {}
+
+
+@pytest.mark.parametrize("options", WORKERS, ids=" ".join)
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_servers_live_on_when_gunicorn_does_not(live, tmp_path, options, how):
+    hub = start_mocked(live, tmp_path, *options)
+    hub.start_server("ada", hub.token)
+    process, workers = pid_of(hub), set(hub.workers())
+    if how == signal.SIGHUP:
+        hub.process.send_signal(how)
+        wait_for(lambda: hub.workers() and not workers & set(hub.workers()))
+        wait_for(hub.is_up)
+    elif how == signal.SIGKILL:
+        kill_all(hub)
+        hub.start()
+    else:
+        hub.stop(how)
+        hub.start()
+    assert pid_of(hub) == process and hub.request("GET", "/user/ada/").body == b"mock"
+    hub.api("DELETE", "/users/ada/server", hub.token)
+    wait_for(lambda: status_of(hub) == "stopped" and not discrepancies(hub))
+
+
+@needs_singleuser
+def test_a_kernel_keeps_its_variables_over_the_end_of_the_whole_hub(live):
+    def run(code):
+        """What the kernel prints for a line of Python."""
+        socket = websocket.create_connection(f"ws://127.0.0.1:{hub.port}/user/ada/api/kernels/{kernel}/channels", timeout=60,
+                                             header=[f"Authorization: token {token}"])
+        with contextlib.closing(socket):
+            header = {"msg_id": secrets.token_hex(8), "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
+            socket.send(json.dumps({"channel": "shell", "header": header, "parent_header": {}, "metadata": {},
+                                    "content": {"code": code, "silent": False}, "buffers": []}))
+            printed = ""
+            for message in iter(lambda: json.loads(socket.recv()), None):
+                if message["parent_header"].get("msg_id") != header["msg_id"]:
+                    continue
+                if message["msg_type"] == "stream":
+                    printed += message["content"]["text"]
+                if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                    return printed
+
+    websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
+    hub = live("-w", "2", admins="root")
+    hub.command("link", "ada")
+    token = hub.command("token", "ada")
+    hub.start_server("ada", token)
+    made = hub.request("POST", "/user/ada/api/kernels", "{}", {"Authorization": f"token {token}"})
+    assert made.status == 201
+    kernel = json.loads(made.body)["id"]
+    assert run("x = 42; import os; print(os.getpid())").strip().isdigit()
+    kill_all(hub)
+    hub.start()
+    assert run("print(x)") == "42\n"
+
+
 ########################################################################################################
 # 14. Command line
 ########################################################################################################
