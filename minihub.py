@@ -111,6 +111,7 @@ class Settings:
     public_url: str = ""                        # https://host of the browsers' side, for links that are printed
     hub_url: str = ""                           # http://host:port where servers reach the hub; default: its own address
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")  # whose X-Forwarded-* headers are believed
+    site_cookies: tuple[str, ...] = ()          # cookies of the site around the hub, which no user's server is to see
     admin_access: bool = True                   # admins may open the servers of others
     named_servers: bool = True                  # users may have servers besides their default one
     named_server_limit: int = 0                 # how many of those each, 0 = any number
@@ -1188,8 +1189,10 @@ REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-pr
 #: Ask a web server in front of the hub for a file that it keeps to itself.
 SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
 
-#: The cookies of the hub, which no user's server may see or set.
-HUB_COOKIES = frozenset(("jupyterhub-hub-login", "jupyterhub-services"))
+LOGIN_COOKIE = "jupyterhub-hub-login"
+SERVICES_COOKIE = "jupyterhub-services"
+SESSION_COOKIE = "jupyterhub-session-id"  # in plain text, on every path: single-user servers key their caches by it
+HUB_COOKIES = frozenset((LOGIN_COOKIE, SERVICES_COOKIE))  # which no user's server may see or set
 
 
 @dataclass(frozen=True)
@@ -3206,9 +3209,6 @@ def local_address(host: str, port: int | str) -> str:
 # 9. Who is asking
 ########################################################################################################
 
-LOGIN_COOKIE = "jupyterhub-hub-login"
-SERVICES_COOKIE = "jupyterhub-services"
-SESSION_COOKIE = "jupyterhub-session-id"  # in plain text, on every path: single-user servers key their caches by it
 AUTHORIZATION = re.compile(r"(?:token|bearer)\s+(\S+)\s*", re.IGNORECASE)
 
 
@@ -3379,12 +3379,13 @@ def needs_xsrf(req, resp, resource, params):
 def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The request as the server that the route's `data` names may see it.
 
-    The hub's cookies go. So does a token of the hub's, which a student's server could keep: it is replaced by one that
-    says who is asking and is good for this server only, or by nothing where its owner may not enter. Others stay.
-    A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant for it.
+    The cookies of the hub and of the site around it go. So does a token of the hub's, which a student's server could keep:
+    it is replaced by one that says who is asking and is good for this server only, or by nothing where its owner may not
+    enter. Others stay. A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant
+    for it.
     """
-    kept = {SERVICES_COOKIE} if "service" in data else set()
-    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), HUB_COOKIES - kept)}
+    hidden = {LOGIN_COOKIE} if "service" in data else HUB_COOKIES.union(hub.settings.site_cookies)
+    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), hidden)}
     if not environ["HTTP_COOKIE"]:
         del environ["HTTP_COOKIE"]
     if "service" in data:
