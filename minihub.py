@@ -237,7 +237,9 @@ class ServiceSpec:
                 "must be a list of objects, each with a name", value)
         words = value.get("command", [])
         _demand(isinstance(words, (str, list, tuple)), "services", f"must have words as command of {value['name']}", words)
-        value = {**value, "command": tuple(shlex.split(words) if isinstance(words, str) else words)}
+        if isinstance(words, str):
+            words = _parse("services", shlex.split, words, f"words with matching quotes as command of {value['name']}")
+        value = {**value, "command": tuple(words)}
         kinds = {field.name: field.type.partition("[")[0] for field in dataclasses.fields(cls)}
         unknown = sorted(value.keys() - kinds)
         _demand(not unknown, "services", f"must have no other keys than {', '.join(kinds)}", unknown)
@@ -249,8 +251,7 @@ class ServiceSpec:
 
     def _check_values(self):
         _demand(SERVER_NAME.fullmatch(self.name), "services", "must have names of letters, digits and -_.~", self.name)
-        _demand(not self.url or urlsplit(self.url).hostname, "services", f"must have http://host:port as url of {self.name}",
-                self.url)
+        _demand(not self.url or _is_address(self.url), "services", f"must have http://host:port as url of {self.name}", self.url)
         _demand(not self.oauth_client_id.startswith("jupyterhub-user-"), "services",
                 f"must not have the OAuth client id of a server for {self.name}", self.oauth_client_id)
         _demand(not self.api_token or len(self.api_token) >= 8, "services",
@@ -1321,7 +1322,7 @@ class ResponseHead:
         status_line, *lines = raw.decode("latin-1").split("\r\n")
         match = re.fullmatch(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])(?: (.*))?", status_line)
         if match is None or any(LINE_BREAKS.search(line) for line in (status_line, *lines)):
-            raise ValueError(f"not an HTTP/1 response: {status_line!r}")
+            raise ValueError(f"not an HTTP/1 response: {shortened(status_line)}")
         pairs = [line.partition(":")[::2] for line in lines]
         if not all(TOKEN.fullmatch(name) for name, _ in pairs):
             raise ValueError("a header that is none")
@@ -2243,7 +2244,8 @@ class HubCore:
             self._count_failure(keys)
             log.info("sign-in failed: %r from %s", name, address)  # a name that is none can hold a line break
             return None
-        Failure.delete().where(Failure.key == next(iter(keys))).execute()
+        narrowest, *_ = keys
+        Failure.delete().where(Failure.key == narrowest).execute()
         user = self.get_user(found)
         if user is None:
             if known_only:
@@ -2369,9 +2371,10 @@ class HubCore:
         if not client or not self.may_enter(identity, owner.id):
             return ""
         derived = hmac.new(self.secret.encode(), f"exchange:{token}:{client.id}".encode(), hashlib.sha256).hexdigest()[:32]
-        parent = Token.get_by_id(identity.token_id)
-        (Token.insert(hashed=hash_token(derived), user=parent.user_id, service=parent.service_id, client=client,
-                      parent=parent, expires_at=parent.expires_at).on_conflict_ignore().execute())
+        if self.identify_token(derived) is None:  # the first time; a write for every request would be too many
+            parent = Token.get_by_id(identity.token_id)
+            (Token.insert(hashed=hash_token(derived), user=parent.user_id, service=parent.service_id, client=client,
+                          parent=parent, expires_at=parent.expires_at).on_conflict_ignore().execute())
         return derived
 
     def may_enter(self, identity: Identity, owner_id: int | None) -> bool:
@@ -2909,7 +2912,8 @@ class HubCore:
             self._set_service_token(service, spec, token)
         run = Path(self.settings.run_dir) / f"service-{spec.name}@{secrets.token_hex(4)}"
         try:
-            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None, env=self._service_variables(spec, token), user=spec.user or None)
+            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None,
+                                  env=self._service_variables(spec, token), user=spec.user or None)
         except (OSError, KeyError, ValueError) as error:
             log.error("service %s cannot be started: %s", spec.name, error)
             return
@@ -3079,8 +3083,9 @@ class HubCore:
         place = f"servers/{quote_name(name)}" if name else "server"
         started, last_activity = to_moment(started), to_moment(last_activity)
         stops_at = self.stop_time(started, last_activity) if status == "ready" else None
-        extra = {**({"stops_at": isoformat(stops_at)} if stops_at else {}), **({"stopped": True} if status == "stopped" else {})}
-        return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started), "pending": PENDING.get(status), "ready": status == "ready",
+        extra = {"stops_at": isoformat(stops_at)} if stops_at else {"stopped": True} if status == "stopped" else {}
+        return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started),
+                "pending": PENDING.get(status), "ready": status == "ready",
                 "state": json.loads(state) if show_state and state else None,
                 "url": self.mount.server_prefix(user_name, name),
                 "user_options": json.loads(user_options) if user_options else {},
@@ -3715,6 +3720,9 @@ def read_options(req: falcon.Request) -> dict[str, Any] | None:
     return options
 
 
+PROGRESS_SO_FAR = ({"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."})
+
+
 class ProgressResource(Resource):
     """`/users/{name}/server/progress` and `/users/{name}/servers/{server_name}/progress`."""
 
@@ -3733,9 +3741,6 @@ class ProgressResource(Resource):
         handover = Handover(req.env, number)
         self.hub.splicer.carry(ProgressStream(handover.client, self.hub, server))
         resp.content_length, resp.stream = 0, handover
-
-
-PROGRESS_SO_FAR = ({"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."})
 
 
 def sse(event: dict[str, Any]) -> str:
@@ -3949,6 +3954,9 @@ class ServiceResource(Resource):
         resp.media = self.hub.service_model(self.hub.find_service(name))
 
 
+PROXY_KEYS = ("ip", "port", "protocol", "api_url", "auth_token")
+
+
 class ProxyResource(Resource):
     """`/proxy`."""
 
@@ -3973,9 +3981,6 @@ class ProxyResource(Resource):
             raise BadRequest("Request body must be JSON dict")
         self.hub.move_proxy({key: body[key] for key in PROXY_KEYS if key in body})
         resp.content_type, resp.text = falcon.MEDIA_JSON, ""
-
-
-PROXY_KEYS = ("ip", "port", "protocol", "api_url", "auth_token")
 
 
 class ShutdownResource(Resource):
@@ -4729,6 +4734,9 @@ class HealthPage(Resource):
         resp.text = ""
 
 
+ERROR_TITLES = {403: "Not allowed", 404: "Nothing here", 503: "Not just now"}
+
+
 class ErrorPage(Resource):
     """`/hub/error/{code}`: what configurable-http-proxy shows when a server does not answer."""
 
@@ -4736,9 +4744,6 @@ class ErrorPage(Resource):
         """Open: a page, with 200, because the proxy puts the status on it."""
         show(req, resp, self.hub, ERROR_TITLES.get(code, "That did not work"), problem(
             "Nothing answers at this address just now." if code in (404, 503) else f"The proxy reports error {code}."))
-
-
-ERROR_TITLES = {403: "Not allowed", 404: "Nothing here", 503: "Not just now"}
 
 
 class LogoPage(Resource):
