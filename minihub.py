@@ -1190,6 +1190,10 @@ REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-pr
 #: Ask a web server in front of the hub for a file that it keeps to itself.
 SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
 
+#: Speak for everything at the hub's address, not for one server, and some outlast the visit: a service worker for / would
+#: stand between people and the hub's pages from then on.
+ORIGIN_WIDE = frozenset("service-worker-allowed clear-site-data strict-transport-security alt-svc nel report-to".split())
+
 LOGIN_COOKIE = "jupyterhub-hub-login"
 SERVICES_COOKIE = "jupyterhub-services"
 SESSION_COOKIE = "jupyterhub-session-id"  # in plain text, on every path: single-user servers key their caches by it
@@ -1340,8 +1344,9 @@ class ResponseHead:
         return next((value for key, value in self.headers if key.lower() == name), "")
 
     def passed_on(self) -> list[tuple[str, str]]:
-        """The headers that are for the client: no word about this connection or to a web server, no cookie of the hub's."""
-        dropped = HOP_BY_HOP | SENDS_FILE | {name.strip().lower() for name in self.get("connection").split(",")}
+        """The headers that are for the client: no word about this connection or the whole site or to a web server in front,
+        no cookie of the hub's."""
+        dropped = HOP_BY_HOP | SENDS_FILE | ORIGIN_WIDE | {name.strip().lower() for name in self.get("connection").split(",")}
         if self.get("transfer-encoding"):
             dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers

@@ -1718,6 +1718,13 @@ def test_the_hubs_cookies_are_cut_out(header, left):
     assert minihub.strip_cookies(header, minihub.HUB_COOKIES) == left
 
 
+@pytest.mark.parametrize("header", [
+    "Service-Worker-Allowed", "clear-site-data", "NEL", "Report-To", "Alt-Svc", "Strict-Transport-Security"])
+def test_a_server_does_not_speak_for_the_whole_site(header):
+    head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: x\r\nContent-Security-Policy: y".encode())
+    assert head.passed_on() == [("Content-Security-Policy", "y")]
+
+
 @pytest.mark.parametrize("header", ["X-Accel-Redirect", "x-sendfile", "X-LIGHTTPD-send-file"])
 def test_a_server_cannot_make_a_web_server_in_front_send_its_files(header):
     head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: /protected\r\nX-Accel-Buffering: no".encode())
