@@ -4840,6 +4840,8 @@ ROUTES = (
 )
 
 
+#: gunicorn takes this header for the mount point when a proxy on its own machine passes it on, as configurable-http-proxy does.
+NO_SCRIPT_NAME = "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL"
 NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
 
 
@@ -4862,6 +4864,8 @@ class Hub(HubCore):
         try:
             with self.connected():
                 environ = self._below_base(environ)
+                if "HTTP_SCRIPT_NAME" in environ:
+                    return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])

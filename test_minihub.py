@@ -6372,6 +6372,15 @@ def test_the_hub_is_in_one_place_by_whatever_address_its_machine_is_reached(hub)
     assert stored == [minihub.Mount("/", "http://127.0.0.1:8000")] * 2
 
 
+def test_where_the_hub_is_mounted_is_not_a_clients_to_choose(live):
+    hub = live()
+    before = hub.facts("mount")
+    answer = hub.request("GET", "/evil/hub/api/user", headers={"SCRIPT_NAME": "/evil"})
+    assert (answer.status, json.loads(answer.body)["message"]) == (
+        400, "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL")
+    assert hub.facts("mount") == before == {"base": "/", "address": hub.url}
+
+
 def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
     ada("POST", "/users/ada/server", status=201, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
     assert spawner.launches[0].variables["JUPYTERHUB_API_URL"] == "http://127.0.0.1:80/hub/api"
