@@ -111,6 +111,7 @@ class Settings:
     public_url: str = ""                        # https://host of the browsers' side, for links that are printed
     hub_url: str = ""                           # http://host:port where servers reach the hub; default: its own address
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")  # whose X-Forwarded-* headers are believed
+    site_cookies: tuple[str, ...] = ()          # cookies of the site around the hub, which no user's server is to see
     admin_access: bool = True                   # admins may open the servers of others
     named_servers: bool = True                  # users may have servers besides their default one
     named_server_limit: int = 0                 # how many of those each, 0 = any number
@@ -236,7 +237,9 @@ class ServiceSpec:
                 "must be a list of objects, each with a name", value)
         words = value.get("command", [])
         _demand(isinstance(words, (str, list, tuple)), "services", f"must have words as command of {value['name']}", words)
-        value = {**value, "command": tuple(shlex.split(words) if isinstance(words, str) else words)}
+        if isinstance(words, str):
+            words = _parse("services", shlex.split, words, f"words with matching quotes as command of {value['name']}")
+        value = {**value, "command": tuple(words)}
         kinds = {field.name: field.type.partition("[")[0] for field in dataclasses.fields(cls)}
         unknown = sorted(value.keys() - kinds)
         _demand(not unknown, "services", f"must have no other keys than {', '.join(kinds)}", unknown)
@@ -248,8 +251,7 @@ class ServiceSpec:
 
     def _check_values(self):
         _demand(SERVER_NAME.fullmatch(self.name), "services", "must have names of letters, digits and -_.~", self.name)
-        _demand(not self.url or urlsplit(self.url).hostname, "services", f"must have http://host:port as url of {self.name}",
-                self.url)
+        _demand(not self.url or _is_address(self.url), "services", f"must have http://host:port as url of {self.name}", self.url)
         _demand(not self.oauth_client_id.startswith("jupyterhub-user-"), "services",
                 f"must not have the OAuth client id of a server for {self.name}", self.oauth_client_id)
         _demand(not self.api_token or len(self.api_token) >= 8, "services",
@@ -1188,8 +1190,14 @@ REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-pr
 #: Ask a web server in front of the hub for a file that it keeps to itself.
 SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
 
-#: The cookies of the hub, which no user's server may see or set.
-HUB_COOKIES = frozenset(("jupyterhub-hub-login", "jupyterhub-services"))
+#: Speak for everything at the hub's address, not for one server, and some outlast the visit: a service worker for / would
+#: stand between people and the hub's pages from then on.
+ORIGIN_WIDE = frozenset("service-worker-allowed clear-site-data strict-transport-security alt-svc nel report-to".split())
+
+LOGIN_COOKIE = "jupyterhub-hub-login"
+SERVICES_COOKIE = "jupyterhub-services"
+SESSION_COOKIE = "jupyterhub-session-id"  # in plain text, on every path: single-user servers key their caches by it
+HUB_COOKIES = frozenset((LOGIN_COOKIE, SERVICES_COOKIE))  # which no user's server may see or set
 
 
 @dataclass(frozen=True)
@@ -1318,7 +1326,7 @@ class ResponseHead:
         status_line, *lines = raw.decode("latin-1").split("\r\n")
         match = re.fullmatch(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])(?: (.*))?", status_line)
         if match is None or any(LINE_BREAKS.search(line) for line in (status_line, *lines)):
-            raise ValueError(f"not an HTTP/1 response: {status_line!r}")
+            raise ValueError(f"not an HTTP/1 response: {shortened(status_line)}")
         pairs = [line.partition(":")[::2] for line in lines]
         if not all(TOKEN.fullmatch(name) for name, _ in pairs):
             raise ValueError("a header that is none")
@@ -1336,8 +1344,9 @@ class ResponseHead:
         return next((value for key, value in self.headers if key.lower() == name), "")
 
     def passed_on(self) -> list[tuple[str, str]]:
-        """The headers that are for the client: no word about this connection or to a web server, no cookie of the hub's."""
-        dropped = HOP_BY_HOP | SENDS_FILE | {name.strip().lower() for name in self.get("connection").split(",")}
+        """The headers that are for the client: no word about this connection or the whole site or to a web server in front,
+        no cookie of the hub's."""
+        dropped = HOP_BY_HOP | SENDS_FILE | ORIGIN_WIDE | {name.strip().lower() for name in self.get("connection").split(",")}
         if self.get("transfer-encoding"):
             dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers
@@ -2240,7 +2249,8 @@ class HubCore:
             self._count_failure(keys)
             log.info("sign-in failed: %r from %s", name, address)  # a name that is none can hold a line break
             return None
-        Failure.delete().where(Failure.key == next(iter(keys))).execute()
+        narrowest, *_ = keys
+        Failure.delete().where(Failure.key == narrowest).execute()
         user = self.get_user(found)
         if user is None:
             if known_only:
@@ -2366,9 +2376,10 @@ class HubCore:
         if not client or not self.may_enter(identity, owner.id):
             return ""
         derived = hmac.new(self.secret.encode(), f"exchange:{token}:{client.id}".encode(), hashlib.sha256).hexdigest()[:32]
-        parent = Token.get_by_id(identity.token_id)
-        (Token.insert(hashed=hash_token(derived), user=parent.user_id, service=parent.service_id, client=client,
-                      parent=parent, expires_at=parent.expires_at).on_conflict_ignore().execute())
+        if self.identify_token(derived) is None:  # the first time; a write for every request would be too many
+            parent = Token.get_by_id(identity.token_id)
+            (Token.insert(hashed=hash_token(derived), user=parent.user_id, service=parent.service_id, client=client,
+                          parent=parent, expires_at=parent.expires_at).on_conflict_ignore().execute())
         return derived
 
     def may_enter(self, identity: Identity, owner_id: int | None) -> bool:
@@ -2906,7 +2917,8 @@ class HubCore:
             self._set_service_token(service, spec, token)
         run = Path(self.settings.run_dir) / f"service-{spec.name}@{secrets.token_hex(4)}"
         try:
-            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None, env=self._service_variables(spec, token), user=spec.user or None)
+            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None,
+                                  env=self._service_variables(spec, token), user=spec.user or None)
         except (OSError, KeyError, ValueError) as error:
             log.error("service %s cannot be started: %s", spec.name, error)
             return
@@ -3076,8 +3088,9 @@ class HubCore:
         place = f"servers/{quote_name(name)}" if name else "server"
         started, last_activity = to_moment(started), to_moment(last_activity)
         stops_at = self.stop_time(started, last_activity) if status == "ready" else None
-        extra = {**({"stops_at": isoformat(stops_at)} if stops_at else {}), **({"stopped": True} if status == "stopped" else {})}
-        return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started), "pending": PENDING.get(status), "ready": status == "ready",
+        extra = {"stops_at": isoformat(stops_at)} if stops_at else {"stopped": True} if status == "stopped" else {}
+        return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started),
+                "pending": PENDING.get(status), "ready": status == "ready",
                 "state": json.loads(state) if show_state and state else None,
                 "url": self.mount.server_prefix(user_name, name),
                 "user_options": json.loads(user_options) if user_options else {},
@@ -3207,9 +3220,6 @@ def local_address(host: str, port: int | str) -> str:
 # 9. Who is asking
 ########################################################################################################
 
-LOGIN_COOKIE = "jupyterhub-hub-login"
-SERVICES_COOKIE = "jupyterhub-services"
-SESSION_COOKIE = "jupyterhub-session-id"  # in plain text, on every path: single-user servers key their caches by it
 AUTHORIZATION = re.compile(r"(?:token|bearer)\s+(\S+)\s*", re.IGNORECASE)
 
 
@@ -3380,12 +3390,13 @@ def needs_xsrf(req, resp, resource, params):
 def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The request as the server that the route's `data` names may see it.
 
-    The hub's cookies go. So does a token of the hub's, which a student's server could keep: it is replaced by one that
-    says who is asking and is good for this server only, or by nothing where its owner may not enter. Others stay.
-    A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant for it.
+    The cookies of the hub and of the site around it go. So does a token of the hub's, which a student's server could keep:
+    it is replaced by one that says who is asking and is good for this server only, or by nothing where its owner may not
+    enter. Others stay. A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant
+    for it.
     """
-    kept = {SERVICES_COOKIE} if "service" in data else set()
-    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), HUB_COOKIES - kept)}
+    hidden = {LOGIN_COOKIE} if "service" in data else HUB_COOKIES.union(hub.settings.site_cookies)
+    environ = {**environ, "HTTP_COOKIE": strip_cookies(environ.get("HTTP_COOKIE", ""), hidden)}
     if not environ["HTTP_COOKIE"]:
         del environ["HTTP_COOKIE"]
     if "service" in data:
@@ -3715,6 +3726,9 @@ def read_options(req: falcon.Request) -> dict[str, Any] | None:
     return options
 
 
+PROGRESS_SO_FAR = ({"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."})
+
+
 class ProgressResource(Resource):
     """`/users/{name}/server/progress` and `/users/{name}/servers/{server_name}/progress`."""
 
@@ -3733,9 +3747,6 @@ class ProgressResource(Resource):
         handover = Handover(req.env, number)
         self.hub.splicer.carry(ProgressStream(handover.client, self.hub, server))
         resp.content_length, resp.stream = 0, handover
-
-
-PROGRESS_SO_FAR = ({"progress": 0, "message": "Server requested"}, {"progress": 50, "message": "Spawning server..."})
 
 
 def sse(event: dict[str, Any]) -> str:
@@ -3949,6 +3960,9 @@ class ServiceResource(Resource):
         resp.media = self.hub.service_model(self.hub.find_service(name))
 
 
+PROXY_KEYS = ("ip", "port", "protocol", "api_url", "auth_token")
+
+
 class ProxyResource(Resource):
     """`/proxy`."""
 
@@ -3973,9 +3987,6 @@ class ProxyResource(Resource):
             raise BadRequest("Request body must be JSON dict")
         self.hub.move_proxy({key: body[key] for key in PROXY_KEYS if key in body})
         resp.content_type, resp.text = falcon.MEDIA_JSON, ""
-
-
-PROXY_KEYS = ("ip", "port", "protocol", "api_url", "auth_token")
 
 
 class ShutdownResource(Resource):
@@ -4729,6 +4740,9 @@ class HealthPage(Resource):
         resp.text = ""
 
 
+ERROR_TITLES = {403: "Not allowed", 404: "Nothing here", 503: "Not just now"}
+
+
 class ErrorPage(Resource):
     """`/hub/error/{code}`: what configurable-http-proxy shows when a server does not answer."""
 
@@ -4736,9 +4750,6 @@ class ErrorPage(Resource):
         """Open: a page, with 200, because the proxy puts the status on it."""
         show(req, resp, self.hub, ERROR_TITLES.get(code, "That did not work"), problem(
             "Nothing answers at this address just now." if code in (404, 503) else f"The proxy reports error {code}."))
-
-
-ERROR_TITLES = {403: "Not allowed", 404: "Nothing here", 503: "Not just now"}
 
 
 class LogoPage(Resource):
@@ -4830,6 +4841,8 @@ ROUTES = (
 )
 
 
+#: gunicorn takes this header for the mount point when a proxy on its own machine passes it on, as configurable-http-proxy does.
+NO_SCRIPT_NAME = "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL"
 NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
 
 
@@ -4852,6 +4865,8 @@ class Hub(HubCore):
         try:
             with self.connected():
                 environ = self._below_base(environ)
+                if "HTTP_SCRIPT_NAME" in environ:
+                    return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])

@@ -725,7 +725,8 @@ def test_a_server_inherits_only_what_is_allowed():
     ("x", "must be a list"), (["x"], "each with a name"), ([{"name": "a", "colour": 1}], "no other keys"),
     ([{"name": "a/b"}], "letters, digits"), ([{"name": "a", "api_token": "short"}], "at least 8 characters"),
     ([{"name": "a", "admin": "yes"}], "a bool as admin of a"), ([{"name": "a"}, {"name": "a"}], "different names"),
-    ([{"name": "a", "url": "nowhere"}], "http://host:port"), ([{"name": "a", "command": 7}], "words as command"),
+    ([{"name": "a", "url": "nowhere"}], "http://host:port"), ([{"name": "a", "url": "http://[::1"}], "http://host:port"),
+    ([{"name": "a", "url": "http://a:99999"}], "http://host:port"), ([{"name": "a", "command": "x 'y"}], "matching quotes"), ([{"name": "a", "command": 7}], "words as command"),
     ([{"name": "a", "environment": {"A": 1}}], "strings in command and environment")])
 def test_a_wrong_service_stops_the_hub_with_a_sentence(services, sentence):
     with pytest.raises(minihub.SettingError, match=sentence):
@@ -1717,6 +1718,13 @@ def test_the_hubs_cookies_are_cut_out(header, left):
     assert minihub.strip_cookies(header, minihub.HUB_COOKIES) == left
 
 
+@pytest.mark.parametrize("header", [
+    "Service-Worker-Allowed", "clear-site-data", "NEL", "Report-To", "Alt-Svc", "Strict-Transport-Security"])
+def test_a_server_does_not_speak_for_the_whole_site(header):
+    head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: x\r\nContent-Security-Policy: y".encode())
+    assert head.passed_on() == [("Content-Security-Policy", "y")]
+
+
 @pytest.mark.parametrize("header", ["X-Accel-Redirect", "x-sendfile", "X-LIGHTTPD-send-file"])
 def test_a_server_cannot_make_a_web_server_in_front_send_its_files(header):
     head = minihub.ResponseHead.parse(f"HTTP/1.1 200 OK\r\n{header}: /protected\r\nX-Accel-Buffering: no".encode())
@@ -1771,7 +1779,7 @@ def test_status_lines_that_are_some(line, status, reason):
 
 
 GARBAGE = {
-    "nothing": b"", "text": b"hello", "http 2": b"HTTP/2 200 OK", "http 0.9": b"<html>", "no status": b"HTTP/1.1 OK",
+    "nothing": b"", "much": b"x" * 60000, "text": b"hello", "http 2": b"HTTP/2 200 OK", "http 0.9": b"<html>", "no status": b"HTTP/1.1 OK",
     "long status": b"HTTP/1.1 2000 OK", "status 0": b"HTTP/1.1 099 OK", "bare LF": b"HTTP/1.1 200 OK\r\nA: b\nSet-Cookie: c",
     "bare CR": b"HTTP/1.1 200 OK\r\nA: b\rC: d", "NUL": b"HTTP/1.1 200 OK\r\nA: \0", "folded": b"HTTP/1.1 200 OK\r\nA: b\r\n c",
     "no colon": b"HTTP/1.1 200 OK\r\nA b", "blank in name": b"HTTP/1.1 200 OK\r\nContent-Length : 3",
@@ -1781,8 +1789,9 @@ GARBAGE = {
 
 @pytest.mark.parametrize("raw", GARBAGE.values(), ids=GARBAGE)
 def test_an_answer_that_is_none_is_recognised(raw):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as raised:
         minihub.ResponseHead.parse(raw)
+    assert len(str(raised.value)) < 300  # it goes to the log
 
 
 def test_an_answer_loses_what_is_not_for_the_client():
@@ -3862,6 +3871,13 @@ def test_a_new_password_ends_what_browsers_were_given_and_no_api_token(hub, ada)
     Api(hub, tokens[0])("GET", "/user", status=403)
     assert Api(hub, tokens[1])("GET", "/user").json["name"] == "root"
     assert ada("GET", "/user").json["name"] == "ada"
+
+
+@pytest.mark.parametrize("settings, seen", [({}, "sessionid=x; mine=1"), ({"site_cookies": ["sessionid"]}, "mine=1")])
+def test_a_server_does_not_see_the_cookies_of_the_site_around_the_hub(make_hub, settings, seen):
+    environ = {"HTTP_COOKIE": "sessionid=x; jupyterhub-hub-login=x; mine=1"}
+    data = {"user": "ada", "server_name": ""}
+    assert minihub.without_hub_secrets(make_hub(**settings), environ, data)["HTTP_COOKIE"] == seen
 
 
 def test_a_server_sees_tokens_that_are_not_the_hubs(opened):
@@ -6354,6 +6370,15 @@ def test_the_hub_is_in_one_place_by_whatever_address_its_machine_is_reached(hub)
             with socket.create_connection((address, listener.getsockname()[1])), listener.accept()[0] as connection:
                 app.get("/hub/health", extra_environ={"gunicorn.socket": connection})
     assert stored == [minihub.Mount("/", "http://127.0.0.1:8000")] * 2
+
+
+def test_where_the_hub_is_mounted_is_not_a_clients_to_choose(live):
+    hub = live()
+    before = hub.facts("mount")
+    answer = hub.request("GET", "/evil/hub/api/user", headers={"SCRIPT_NAME": "/evil"})
+    assert (answer.status, json.loads(answer.body)["message"]) == (
+        400, "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL")
+    assert hub.facts("mount") == before == {"base": "/", "address": hub.url}
 
 
 def test_a_servers_way_to_the_hub_is_not_a_clients_to_choose(hub, ada, spawner):
