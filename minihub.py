@@ -71,8 +71,8 @@ import peewee as pw
 from playhouse.db_url import connect as database_from_url
 
 __version__ = "0.1.0"
-__all__ = ["Hub", "Settings", "HubError", "Authenticator", "PasswordAuthenticator", "DummyAuthenticator", "Spawner",
-           "SubprocessSpawner", "Launch", "Proxy", "EmbeddedProxy", "app"]
+__all__ = ["Hub", "Settings", "HubError", "Authenticator", "PasswordAuthenticator", "DummyAuthenticator",
+           "RemoteUserAuthenticator", "Spawner", "SubprocessSpawner", "Launch", "Proxy", "EmbeddedProxy", "app"]
 
 #: The JupyterHub release whose API this is: clients compare it (idle-culler asks for `state` from 1.3 on), and
 #: jupyterhub-singleuser 6 exits at once when the header does not parse as PEP 440.
@@ -96,8 +96,12 @@ class Settings:
 
     database: str = "sqlite:///minihub.sqlite"  # a peewee database URL; sqlite:///:memory: ends with the process
     admins: tuple[str, ...] = ()                # users who are admins as soon as they exist
-    authenticator: Any = "password"             # password | dummy | package.module:Class | an Authenticator
+    authenticator: Any = "password"             # password | dummy | remote-user | package.module:Class | an Authenticator
     password: str = ""                          # the dummy authenticator's one password for the whole class
+    remote_user_variable: str = "REMOTE_USER"   # remote-user: the WSGI variable with the name of the host site's user
+    identify: Any = None                        # remote-user: or what asks the site, called with the WSGI environment
+    login_url: str = ""                         # remote-user: the site's sign-in page, which gets ?next=
+    logout_url: str = ""                        # remote-user: where people go when they have signed out of the hub
     spawner: Any = "subprocess"                 # subprocess | package.module:Class | a Spawner
     proxy: Any = "embedded"                     # embedded | chp | package.module:Class | a Proxy
     services: tuple[dict, ...] = ()             # as JupyterHub's c.JupyterHub.services; in the environment a JSON list
@@ -150,6 +154,16 @@ class Settings:
             object.__setattr__(self, name, value.rstrip("/"))
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
+        _demand(self.remote_user_variable and not self.remote_user_variable.upper().startswith("HTTP_"),
+                "remote_user_variable", "must be set by the site, and no header of the client's", self.remote_user_variable)
+        _demand(not self.identify or self.authenticator not in ("password", "dummy", "pam"), "identify",
+                "needs the setting authenticator to be remote-user", self.identify)
+        for name in ("login_url", "logout_url"):
+            value = getattr(self, name)
+            _demand(not value or value.startswith("/") or _is_address(value), name, "must be a path or https://host/path", value)
+        for name in CALLABLES:
+            value = getattr(self, name)
+            _demand(value is None or callable(value), name, "must be something to call", value)
         words = _parse("cmd", shlex.split, self.cmd, "a command line with matching quotes")
         _demand(words, "cmd", "must name a command", self.cmd)
         specs = [ServiceSpec.of(value) for value in self.services]
@@ -202,7 +216,8 @@ class Settings:
 
 SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
 
-NOT_IN_ENVIRON = ("process_variables", "on_shutdown")  # Python objects
+CALLABLES = ("identify", "on_shutdown")
+NOT_IN_ENVIRON = ("process_variables", *CALLABLES)  # Python objects
 
 INHERITED_VARIABLES = frozenset(
     "PATH LANG LANGUAGE TZ SHELL TMPDIR VIRTUAL_ENV CONDA_ROOT CONDA_DEFAULT_ENV CONDA_PREFIX PYTHONPATH"
@@ -818,6 +833,7 @@ class Authenticator:
     """
 
     settings: Settings
+    has_form = True  # whether people sign in on the hub's page; False: only where `identify` looks
     logout_url = ""  # where people go when they have signed out; "": to the sign-in page
 
     def authenticate(self, credentials: dict[str, Any], environ: dict[str, Any]) -> str | None:
@@ -828,8 +844,12 @@ class Authenticator:
         """
         return None
 
-    def identify(self, environ: dict[str, Any]) -> str | None:
-        """The name of whoever the host site has signed in already, or None."""
+    def identify(self, environ: dict[str, Any]) -> str | tuple[str, dict[str, Any]] | None:
+        """The name of whoever the host site has signed in already, or None.
+
+        `(name, {"admin": True, "groups": ["algebra"]})` says, too, what they are from now on: an admin or not, and in no
+        other groups. What is left out stays as it is.
+        """
         return None
 
     def normalize(self, name: str) -> str:
@@ -858,7 +878,27 @@ class DummyAuthenticator(Authenticator):
         return str(credentials.get("username") or "") if right else None
 
 
-AUTHENTICATORS = {"password": PasswordAuthenticator, "dummy": DummyAuthenticator}
+class RemoteUserAuthenticator(Authenticator):
+    """Whoever the host site has signed in: in the WSGI variable `remote_user_variable`, or as `identify` says."""
+
+    has_form = False
+
+    @property
+    def logout_url(self):
+        """The setting."""
+        return self.settings.logout_url
+
+    def identify(self, environ):
+        """What the site says at this very request; nothing is remembered of an earlier one."""
+        if self.settings.identify:
+            return self.settings.identify(environ)
+        name = environ.get(self.settings.remote_user_variable) or ""
+        with contextlib.suppress(UnicodeError):  # WSGI spells bytes as Latin-1 (PEP 3333), but sites also set plain text
+            name = name.encode("latin-1").decode()
+        return name or None
+
+
+AUTHENTICATORS = {"password": PasswordAuthenticator, "dummy": DummyAuthenticator, "remote-user": RemoteUserAuthenticator}
 
 
 ########################################################################################################
@@ -2110,6 +2150,40 @@ class HubCore:
                 raise Conflict(f"All {len(wanted)} users already exist")
             return self._insert_users(new, admin)
 
+    def find_or_create_user(self, name: str) -> User:
+        """The user whom the authenticator vouches for, who may be new. Raises BadRequest for an invalid name."""
+        user = self.get_user(name)
+        if user is None:
+            with contextlib.suppress(Conflict):  # another of the browser's first requests was faster
+                self.create_user(name)
+            user = self.find_user(name)
+        return user
+
+    def admit(self, name: str, facts: dict[str, Any]) -> User:
+        """The user whom the host site has signed in, now with the `admin` flag and the `groups` that it gives them.
+
+        Writes only what has changed, and leaves out names that no group may bear. Raises BadRequest for an invalid name.
+        """
+        user = self.find_or_create_user(name)
+        admin = bool(facts.get("admin", user.admin)) or user.name in self._admin_names
+        if admin != user.admin:
+            self.change_user(user, {"admin": admin})
+        if "groups" in facts:
+            self._put_into_groups(user, {group for group in facts["groups"] if is_valid_name(group)})
+        return user
+
+    def _put_into_groups(self, user, names):
+        if names == {name for name, in GROUPS_OF_USER.run(self.database, user.id)}:
+            return
+        with self.database.atomic():
+            for name in sorted(names):
+                Group.insert(name=name).on_conflict_ignore().execute()
+            groups = list(Group.select().where(Group.name.in_(names)))
+            Membership.delete().where((Membership.user == user) & Membership.group.not_in(groups)).execute()
+            for group in groups:
+                Membership.insert(user=user, group=group).on_conflict_ignore().execute()
+        log.info("user %s is now in groups: %s", user.name, ", ".join(sorted(names)))
+
     def _insert_users(self, names, admin):
         """Rows for users who are new, and for their default servers, in as few statements as a database takes."""
         users = []
@@ -2251,13 +2325,9 @@ class HubCore:
             return None
         narrowest, *_ = keys
         Failure.delete().where(Failure.key == narrowest).execute()
-        user = self.get_user(found)
+        user = self.get_user(found) if known_only else self.find_or_create_user(found)
         if user is None:
-            if known_only:
-                return None
-            with contextlib.suppress(Conflict):
-                self.create_user(found)
-            user = self.find_user(found)
+            return None
         self.note_visit(user)
         log.info("user %s signed in from %s", user.name, address)
         return user
@@ -2295,15 +2365,21 @@ class HubCore:
         return itsdangerous.URLSafeTimedSerializer(self.secret, salt="minihub-link")
 
     def link_for(self, user: User, site: str = "") -> str:
-        """A one-time link with which the user chooses a password."""
+        """A one-time link with which the user chooses a password. Raises BadRequest where the host signs people in."""
+        self._check_form()
         return self.public_link("link/" + self._link_signer().dumps([user.id, user.session_key]), site)
 
     def first_admin_link(self) -> str:
         """The link with which the first admin chooses name and password; good until there is one."""
         return self.public_link("link/" + self._link_signer().dumps(["first admin"]))
 
+    def _check_form(self):
+        if not self.authenticator.has_form:
+            raise BadRequest("People sign in at the site that this hub is a part of, and not with a link")
+
     def open_link(self, token: str) -> User | None:
-        """Whose link this is; None: the first admin's, who is still to be made. Raises Forbidden."""
+        """Whose link this is; None: the first admin's, who is still to be made. Raises Forbidden and BadRequest."""
+        self._check_form()
         try:
             meant = self._link_signer().loads(token, max_age=self.settings.link_lifetime)
         except itsdangerous.BadSignature:
@@ -3229,7 +3305,12 @@ def cookie_signer(hub: HubCore, cookie: str) -> itsdangerous.URLSafeTimedSeriali
 
 
 def user_of_cookie(hub: HubCore, cookie: str, value: str) -> User | None:
-    """The user who was given this cookie, unless it is too old or they have signed out everywhere since."""
+    """The user who was given this cookie, unless it is too old or they have signed out everywhere since.
+
+    Nobody's where the host signs people in: a cookie would outlive that.
+    """
+    if not hub.authenticator.has_form:
+        return None
     try:
         user_id, session_key = cookie_signer(hub, cookie).loads(value, max_age=hub.settings.cookie_lifetime)
     except (itsdangerous.BadSignature, ValueError, TypeError):
@@ -3251,10 +3332,16 @@ def token_in(header: str | None) -> str | None:
 def session_user(req: falcon.Request, hub: HubCore) -> User | None:
     """Who is signed in in this browser, by the hub's cookie or at the host site."""
     if not hasattr(req.context, "user"):
-        user = user_of_cookie(hub, LOGIN_COOKIE, req.cookies.get(LOGIN_COOKIE, ""))
-        name = None if user else hub.authenticator.identify(req.env)
-        req.context.user = user or (hub.get_user(name) or hub.create_user(name) if name else None)
+        req.context.user = None  # for the page that says so, should the next line fail
+        req.context.user = user_of_cookie(hub, LOGIN_COOKIE, req.cookies.get(LOGIN_COOKIE, "")) or host_user(req, hub)
     return req.context.user
+
+
+def host_user(req: falcon.Request, hub: HubCore) -> User | None:
+    """Who is signed in at the host site, as it has them now."""
+    found = hub.authenticator.identify(req.env)
+    name, facts = found if isinstance(found, tuple) else (found, {})
+    return hub.admit(name, facts) if name else None
 
 
 def session_id_of(req: falcon.Request) -> str:
@@ -3402,6 +3489,8 @@ def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, A
     if "service" in data:
         return environ
     token = token_in(environ.get("HTTP_AUTHORIZATION"))
+    if not token and not hub.authenticator.has_form:
+        environ.pop("HTTP_AUTHORIZATION", None)  # the password for the host's site, if that asks for it the simple way
     if token and (identity := hub.identify_token(token)) and not is_for_server(identity, data):
         del environ["HTTP_AUTHORIZATION"]
         if exchanged := hub.exchange_token(token, identity, data):
@@ -4330,13 +4419,21 @@ class LoginPage(Resource):
 
     def on_get(self, req, resp):
         """Open to all; who is signed in goes on."""
+        login_url = self.hub.settings.login_url
         if session_user(req, self.hub):
             resp.status, resp.location = 302, safe_next(req)
-        else:
+        elif self.hub.authenticator.has_form:
             self._form(req, resp)
+        elif login_url:
+            joint = "&" if "?" in login_url else "?"
+            resp.status, resp.location = 302, f"{login_url}{joint}{urlencode({'next': safe_next(req)})}"
+        else:
+            show(req, resp, self.hub, "Sign in", AT_THE_SITE)
 
     def on_post(self, req, resp):
         """Open to all. A wrong password shows the form again, as JupyterHub does, with 200."""
+        if not self.hub.authenticator.has_form:
+            return self.on_get(req, resp)
         form = read_form(req)
         name = form.get("username", "")
         given = form.get("_xsrf", "").encode()
@@ -4364,6 +4461,11 @@ class LoginPage(Resource):
             focus_name="" if name else "autofocus", focus_word="autofocus" if name else ""), status=status)
 
 
+AT_THE_SITE = Markup("<p class=card>Sign in at the site that this hub is a part of, then come back here.</p>")
+STILL_AT_THE_SITE = Markup("<p class=card>You are signed out of your servers, but not of the site that this hub is a part of: sign"
+                           " out there, too.</p>")
+
+
 class LogoutPage(Resource):
     """`/hub/logout`: where JupyterLab's menu leads."""
 
@@ -4376,7 +4478,10 @@ class LogoutPage(Resource):
             for name, path in ((LOGIN_COOKIE, hub_path(req)), (SESSION_COOKIE, base), (SERVICES_COOKIE, f"{base}services")):
                 resp.unset_cookie(name, path=path)
             log.info("user %s signed out", user.name)
-        resp.status, resp.location = 302, self.hub.authenticator.logout_url or hub_path(req, "login")
+        if user and not self.hub.authenticator.has_form and not self.hub.authenticator.logout_url:
+            show(req, resp, self.hub, "Signed out", STILL_AT_THE_SITE)
+        else:
+            resp.status, resp.location = 302, self.hub.authenticator.logout_url or hub_path(req, "login")
 
 
 class LinkPage(Resource):
@@ -4618,6 +4723,9 @@ def day(moment: str | None) -> str:
     return moment[:16].replace("T", " ") + " UTC" if moment else "never"
 
 
+LINK_HINT = " Whoever has lost their link or password gets a new sign-in link here."
+
+
 class AdminPage(Resource):
     """`/hub/admin`: the people of the hub."""
 
@@ -4647,10 +4755,13 @@ class AdminPage(Resource):
         self._show(req, resp, self._links(req, [self.hub.find_user(name)]))
 
     def _links(self, req, users, known=()):
+        others = markup("<p>Here already: {names}</p>", names=", ".join(sorted(known))) if known else ""
+        if not self.hub.authenticator.has_form:
+            return markup("<section class=card role=status><h2>Added</h2><p>{names}</p>{others}</section>", others=others,
+                          names=", ".join(user.name for user in users))
         client = req.env["minihub.client"]
         rows = [markup("<div class=row><b>{name}</b><code>{link}</code></div>", name=user.name,
                        link=self.hub.link_for(user, f"{client.scheme}://{client.host}")) for user in users]
-        others = markup("<p>Here already: {names}</p>", names=", ".join(sorted(known))) if known else ""
         return markup("<section class=card role=status><h2>Sign-in links</h2><p>Give each person their own link. It can be used"
                       " once, to choose a password. Links are not shown again, but you can always make new ones.</p>"
                       "{others}{rows}</section>", others=others, rows=rows)
@@ -4663,16 +4774,16 @@ class AdminPage(Resource):
             '{news}<form method=post class=card action="{action}">{xsrf}<h2>Add people</h2><label>Names, one a line'
             '<textarea name=names rows=4 spellcheck=false autocapitalize=none required>{names}</textarea></label>'
             '<button>Add</button></form><section class=card><h2>Everybody</h2><p class=state>A name leads to its server.'
-            ' Whoever has lost their link or password gets a new sign-in link here.</p>{people}</section>', news=news, names=names,
+            '{hint}</p>{people}</section>', news=news, names=names, hint=LINK_HINT if self.hub.authenticator.has_form else "",
             xsrf=xsrf_field(req, resp, self.hub), people=people, action=hub_path(req, "admin")), status=status)
 
     def _person(self, req, resp, user, servers):
         seen = f"last seen {day(isoformat(user.last_activity))}" if user.last_activity else "not seen yet"
-        line = markup('<div class=row><div><a href="{spawn}"><b>{name}</b></a>{role}<span class=state>{seen}</span></div>'
-                      '<form method=post action="{link}">{xsrf}<button class=quiet>Sign-in link</button></form></div>',
+        link = markup('<form method=post action="{link}">{xsrf}<button class=quiet>Sign-in link</button></form>',
+                      link=hub_path(req, f"admin/link/{quote_name(user.name)}"), xsrf=xsrf_field(req, resp, self.hub))
+        line = markup('<div class=row><div><a href="{spawn}"><b>{name}</b></a>{role}<span class=state>{seen}</span></div>{link}</div>',
                       spawn=hub_path(req, f"spawn/{quote_name(user.name)}"), name=user.name, seen=seen,
-                      role=" (admin)" if user.admin else "", link=hub_path(req, f"admin/link/{quote_name(user.name)}"),
-                      xsrf=xsrf_field(req, resp, self.hub))
+                      role=" (admin)" if user.admin else "", link=link if self.hub.authenticator.has_form else "")
         return [line, *(server_line(req, resp, self.hub, server, "below") for server in servers)]
 
 

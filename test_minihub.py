@@ -635,7 +635,7 @@ WRONG_SETTINGS = {
     "base_url": ("lab", "must start with a slash, not 'lab'"),
     "public_url": ("example.org", "must look like https://host, not 'example.org'"),
     "hub_url": ("localhost:8000", "must look like https://host, not 'localhost:8000'"),
-    "authenticator": ("oauth", "must be password, dummy or package.module:Class, not 'oauth'"),
+    "authenticator": ("oauth", "must be password, dummy, remote-user or package.module:Class, not 'oauth'"),
     "spawner": ("no_such_module:Spawner", "cannot be imported (No module named 'no_such_module'), not"
                 " 'no_such_module:Spawner'"),
     "proxy": ("json:JSONDecoder", "must be a kind of Proxy, not <class 'json.decoder.JSONDecoder'>"),
@@ -1109,6 +1109,182 @@ def test_a_wrong_password_takes_as_long_for_everybody(hub, monkeypatch, username
 def test_the_dummy_lets_in_who_knows_the_one_password(make_hub, credentials, name):
     hub = make_hub(authenticator="dummy", password="class secret")
     assert hub.authenticator.authenticate(credentials, {}) == name
+
+
+@pytest.fixture
+def make_site(make_hub):
+    """Makes a hub that believes the site it is in, and a browser in which the site says who is there: `{"REMOTE_USER": "ada"}`."""
+    def make(environ, **settings):
+        hub = make_hub(authenticator="remote-user", **settings)
+        return hub, webtest.TestApp(hub, extra_environ={"HTTP_HOST": "localhost:80", **environ}, lint=True)
+
+    return make
+
+
+def who_is_at(site):
+    """The name in the hub's greeting."""
+    return site.get("/hub/home", status=200).html.h1.text.removeprefix("Hello, ")
+
+
+@pytest.mark.parametrize(("given", "name"), [("Ada", "ada"), ("zo\u00eb", "zo\u00eb"), ("zo\u00c3\u00ab", "zo\u00eb")])
+def test_the_sites_user_is_the_hubs(make_site, given, name):
+    hub, site = make_site({"REMOTE_USER": given})
+    assert who_is_at(site) == name
+    assert who_is_at(site) == name
+    with hub.connected():
+        assert [user.name for user in hub.list_users()[0]] == [name]
+
+
+@pytest.mark.parametrize("environ", [
+    {}, {"REMOTE_USER": ""}, {"HTTP_REMOTE_USER": "root"}, {"HTTP_X_REMOTE_USER": "root"}, {"AUTH_USER": "root"}])
+def test_a_visitor_whom_the_site_does_not_know_is_nobody(make_site, environ):
+    hub, site = make_site(environ)
+    assert urlsplit(site.get("/hub/home", status=302).location).path == "/hub/login"
+    site.get("/hub/api/user", headers={"Referer": "http://localhost:80/hub/home"}, status=403)
+    with hub.connected():
+        assert hub.list_users() == ([], 0)
+
+
+def test_the_sites_variable_can_be_another(make_site):
+    _, site = make_site({"REMOTE_USER": "eve", "AUTH_USER": "ada"}, remote_user_variable="AUTH_USER")
+    assert who_is_at(site) == "ada"
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"remote_user_variable": "HTTP_X_USER"}, "must be set by the site, and no header of the client's, not 'HTTP_X_USER'"),
+    ({"remote_user_variable": "http_x_user"}, "must be set by the site"), ({"remote_user_variable": ""}, "must be set by the site"),
+    ({"identify": print, "authenticator": "password"}, "needs the setting authenticator to be remote-user"),
+    ({"identify": "site.identify"}, "must be something to call, not 'site.identify'"), ({"on_shutdown": 1}, "must be something to call"),
+    ({"login_url": "login"}, "must be a path or https://host/path"), ({"logout_url": "javascript:x"}, "must be a path or")])
+def test_settings_about_the_site_that_cannot_be_right_stop_the_hub(settings, sentence):
+    with pytest.raises(minihub.SettingError, match=f"^Setting {next(iter(settings))} .* {re.escape(sentence)}"):
+        Settings(**{"authenticator": "remote-user", **settings})
+
+
+def facts_about(site, token):
+    """What the API says of the user: admin or not, and in which groups."""
+    model = site.get("/hub/api/user", headers={"Authorization": f"token {token}"}, status=200).json
+    return model["admin"], model["groups"]
+
+
+def test_admins_and_groups_follow_the_site_at_each_visit(make_site):
+    facts = {}
+    hub, site = make_site({"REMOTE_USER": "ada"}, identify=lambda environ: (environ["REMOTE_USER"], facts))
+    who_is_at(site)
+    token, seen = token_for(hub, "ada"), []
+    for said in ({"admin": True, "groups": ["b", "a"]}, {}, {"groups": ["b", "not/a/name"]}, {"admin": False}, {"groups": []}):
+        facts.clear()
+        facts.update(said)
+        who_is_at(site)
+        seen.append(facts_about(site, token))
+    assert seen == [(True, ["a", "b"]), (True, ["a", "b"]), (True, ["b"]), (False, ["b"]), (False, [])]
+    with hub.connected():
+        assert [group.name for group in hub.list_groups()] == ["a", "b"]
+
+
+def test_an_admin_of_the_settings_stays_one_whatever_the_site_says(make_site):
+    hub, site = make_site({}, identify=lambda environ: ("root", {"admin": False}), admins=["root"])
+    assert "People" in site.get("/hub/home", status=200).text
+
+
+def test_a_visit_that_changes_nothing_writes_nothing(make_site):
+    hub, site = make_site({}, identify=lambda environ: ("ada", {"admin": True, "groups": ["a"]}))
+    who_is_at(site)
+    with hub.connected():
+        before = hub.database.connection().total_changes
+        who_is_at(site)
+        assert hub.database.connection().total_changes == before
+
+
+def test_the_first_requests_of_a_new_visitor_may_come_all_at_once(make_hub, tmp_path):
+    hub = make_hub(authenticator="remote-user", identify=lambda environ: ("ada", {"admin": True, "groups": ["a", "b"]}),
+                   database=f"sqlite:///{tmp_path / 'hub.sqlite'}")
+    assert in_threads(8, lambda number: webtest.TestApp(hub).get("/hub/home", status="*").status_int) == [200] * 8
+    with hub.connected():
+        assert hub.user_models(hub.list_users()[0])[0]["groups"] == ["a", "b"] and hub.list_users()[1] == 1
+
+
+def test_a_site_user_whose_name_the_hub_cannot_take_is_told(make_site):
+    _, site = make_site({"REMOTE_USER": "a/b"})
+    response = site.get("/hub/home", status=400)
+    assert response.html.find(role="alert").text == "Invalid username: a/b"
+
+
+def test_a_site_that_cannot_say_who_is_there_shows_nothing_of_what_is_inside(make_site):
+    _, site = make_site({}, identify=lambda environ: 1 / 0)
+    assert site.get("/hub/home", status=500).html.find(role="alert").text == "Internal Server Error"
+
+
+def test_where_the_site_signs_people_in_the_hub_has_no_form(make_site):
+    hub, site = make_site({})
+    page = site.get("/hub/login", status=200)
+    assert not page.forms and "Sign in at the site that this hub is a part of" in page.text
+    assert not site.post("/hub/login", {"username": "root", "password": "x"}, status=200).forms
+    site.post_json("/hub/api/authorizations/token", {"username": "root", "password": "x"}, status=403)
+
+
+@pytest.mark.parametrize(("login_url", "location"), [
+    ("/login", "/login?next=%2Fhub%2Ftoken"), ("https://sso.example/?a=b", "https://sso.example/?a=b&next=%2Fhub%2Ftoken")])
+def test_the_way_to_the_sites_login_leads_back(make_site, login_url, location):
+    _, site = make_site({}, login_url=login_url)
+    assert site.get("/hub/token", status=302).follow(status=302).location == location
+
+
+def test_a_cookie_of_the_hubs_does_not_outlive_the_sites_sign_in(hub, browser, make_hub, monkeypatch):
+    assert is_signed_in(browser.app)
+    monkeypatch.setattr(hub, "authenticator", make_hub(authenticator="remote-user").authenticator)
+    assert not is_signed_in(browser.app)
+
+
+def test_signing_out_ends_at_the_site(make_site):
+    hub, site = make_site({"REMOTE_USER": "ada"}, logout_url="/goodbye")
+    who_is_at(site)
+    assert site.get("/hub/logout", status=302).location == "/goodbye"
+
+
+def test_where_the_site_has_no_page_for_signing_out_the_hub_says_what_is_left_to_do(make_site):
+    hub, site = make_site({"REMOTE_USER": "ada"})
+    assert "sign out there, too" in " ".join(site.get("/hub/logout", status=200).html.main.text.split())
+
+
+def test_what_a_site_user_was_given_ends_with_signing_out(make_site):
+    hub, site = make_site({"REMOTE_USER": "ada"}, logout_url="/goodbye")
+    page = site.get("/hub/home", status=200)
+    with hub.connected():
+        token, _ = hub.create_token(hub.find_user("ada"), session_id=site.cookies["jupyterhub-session-id"])
+        assert page.forms and hub.identify_token(token)
+        site.get("/hub/logout", status=302)
+        assert hub.identify_token(token) is None
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 403), ({"Referer": "http://evil.example/hub/home"}, 403), ({"Referer": "http://localhost:80/user/bob/"}, 403),
+    ({"Referer": "http://localhost:80/hub/home"}, 200)])
+def test_the_site_users_own_pages_and_no_others_read_the_api(make_site, headers, status):
+    _, site = make_site({"REMOTE_USER": "ada"})
+    site.get("/hub/api/user", headers=headers, status=status)
+
+
+@pytest.mark.parametrize(("right", "status"), [(True, 201), (False, 403)])
+def test_the_site_users_own_pages_and_no_others_write_to_the_api(make_site, right, status):
+    _, site = make_site({"REMOTE_USER": "ada"})
+    xsrf = site.get("/hub/home", status=200).forms[0]["_xsrf"].value
+    site.post("/hub/api/users/ada/tokens", headers={"X-XSRFToken": xsrf if right else "x", "Referer": OWN_PAGE}, status=status)
+
+
+def test_the_people_page_has_no_sign_in_links_where_the_site_signs_people_in(make_site):
+    hub, site = make_site({}, identify=lambda environ: ("root", {"admin": True}))
+    page = add_people(site, "ada")
+    assert "Added" in page.text and "ink" not in page.html.main.text
+    with hub.connected(), pytest.raises(minihub.BadRequest, match="People sign in at the site"):
+        hub.link_for(hub.find_user("ada"))
+
+
+def test_a_sign_in_link_of_earlier_days_is_not_good_where_the_site_signs_people_in(hub, make_hub, monkeypatch):
+    path = link_of(hub, "ada")
+    monkeypatch.setattr(hub, "authenticator", make_hub(authenticator="remote-user").authenticator)
+    assert alert_of(pages_of(hub).get(path, status=400)) == [
+        "People sign in at the site that this hub is a part of, and not with a link"]
 
 
 ########################################################################################################
