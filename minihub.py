@@ -2090,7 +2090,7 @@ class HubCore:
 
     def guess_mount(self) -> Mount:
         """Where a hub that has had no request yet is likely to be."""
-        return Mount(self.settings.base_url, self.settings.hub_url or listening_address() or "http://127.0.0.1:8000")
+        return Mount(quote(self.settings.base_url, safe="/@~"), self.settings.hub_url or listening_address() or "http://127.0.0.1:8000")
 
     def public_link(self, path: str, site: str = "") -> str:
         """A link for people, to `path` below the hub's pages; `site` is https://host where the one who asks sees them."""
@@ -3629,7 +3629,7 @@ class Paging:
 
     def _next(self, offset):
         client, query = self._req.env["minihub.client"], {**self._req.params, "offset": offset, "limit": self.limit}
-        path = self._req.env["SCRIPT_NAME"] + self._req.path
+        path = self._req.env["minihub.mount"].base[:-1] + quote(self._req.path)
         return {"offset": offset, "limit": self.limit, "url": f"{client.scheme}://{client.host}{path}?{urlencode(query)}"}
 
 
@@ -4999,7 +4999,7 @@ class Hub(HubCore):
         """The request as seen from inside the hub: base_url belongs to the mount point, and who asks is worked out."""
         client = Client.of(environ, self.settings.trusted_proxies)
         script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO") or "/"
-        above = self.settings.base_url.rstrip("/")
+        above = self._base_in_wsgi.rstrip("/")
         if path.startswith(above + "/"):
             script, path = script + above, path[len(above):]
         base = quote(script.encode("latin-1"), safe="/@~") + "/"
@@ -5014,6 +5014,21 @@ class Hub(HubCore):
         if client is not None and client.family == socket.AF_UNIX:
             return self._mount.address if self._mount else self.guess_mount().address
         return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"])
+
+    def wrap(self, application: Callable) -> Callable:
+        """A WSGI application that is this hub for the hub's own paths, hub/, user/ and services/ below `base_url`, and
+        `application` for all others."""
+        return lambda environ, start_response: (self if self._is_mine(environ) else application)(environ, start_response)
+
+    def _is_mine(self, environ):
+        path = environ.get("PATH_INFO", "")
+        above, kind, below = path.partition(self._base_in_wsgi)
+        return not above and bool(kind) and below.partition("/")[0] in ("hub", "user", "services")
+
+    @functools.cached_property
+    def _base_in_wsgi(self):
+        """`base_url` as PATH_INFO spells it: its bytes as Latin-1 (PEP 3333)."""
+        return self.settings.base_url.encode().decode("latin-1")
 
     # Requests for servers
 

@@ -6496,37 +6496,103 @@ def mounted(hub, prefix):
     return webtest.TestApp(site, extra_environ={"REMOTE_ADDR": "127.0.0.1"}, lint=True)
 
 
-@pytest.fixture(params=["mounted", "base_url"])
+@pytest.fixture(params=[("mounted", "/lab"), ("base_url", "/lab"), ("mounted", "/a/b"), ("base_url", "/a/b"),
+                        ("mounted", "/\u00fcben/p 2"), ("base_url", "/\u00fcben/p 2")], ids=":".join)
 def below(request, make_hub):
-    """A hub below /lab, and the site that it is in."""
-    hub = people(make_hub(base_url="/lab/" if request.param == "base_url" else "/"))
-    return hub, mounted(hub, "/lab") if request.param == "mounted" else webtest.TestApp(hub, lint=True)
+    """A hub below a path, the site that it is in, and the path as browsers write it."""
+    way, path = request.param
+    hub = people(make_hub(base_url=f"{path}/" if way == "base_url" else "/"))
+    in_wsgi = path.encode().decode("latin-1")
+    return hub, mounted(hub, in_wsgi) if way == "mounted" else webtest.TestApp(hub, lint=True), quote(path)
 
 
 def test_a_hub_below_a_path_stays_there(below, spawner):
-    hub, site = below
+    hub, site, path = below
     headers = {"Authorization": f"token {token_for(hub, 'ada')}"}
-    site.post("/lab/hub/api/users/ada/server", headers=headers, status=201)
-    assert site.get("/lab/hub/api/users/ada", headers=headers, status=200).json == user(
-        "ada", server="/lab/user/ada/", last_activity=MOMENT,
-        servers={"": server(url="/lab/user/ada/", progress_url="/lab/hub/api/users/ada/server/progress")})
+    site.post(f"{path}/hub/api/users/ada/server", headers=headers, status=201)
+    assert site.get(f"{path}/hub/api/users/ada", headers=headers, status=200).json == user(
+        "ada", server=f"{path}/user/ada/", last_activity=MOMENT,
+        servers={"": server(url=f"{path}/user/ada/", progress_url=f"{path}/hub/api/users/ada/server/progress")})
     variables = spawner.launches[0].variables
     assert [variables[f"JUPYTERHUB_{name}"] for name in ("BASE_URL", "SERVICE_PREFIX", "API_URL", "OAUTH_CALLBACK_URL")] == [
-        "/lab/", "/lab/user/ada/", "http://127.0.0.1:80/lab/hub/api", "/lab/user/ada/oauth_callback"]
+        f"{path}/", f"{path}/user/ada/", f"http://127.0.0.1:80{path}/hub/api", f"{path}/user/ada/oauth_callback"]
     with hub.connected():
-        assert list(hub.proxy.get_all_routes()) == ["/lab/user/ada/"]
+        assert list(hub.proxy.get_all_routes()) == [f"{path}/user/ada/"]
 
 
 def test_a_hub_below_a_path_sends_browsers_there(below):
-    hub, site = below
-    response = site.get("/lab/hub/home", status=302)
-    assert urlsplit(response.location)._replace(scheme="", netloc="").geturl() == "/lab/hub/login?next=%2Flab%2Fhub%2Fhome"
+    hub, site, path = below
+    response = site.get(f"{path}/hub/home", status=302)
+    assert response.location == f"{path}/hub/login?{urlencode({'next': f'{path}/hub/home'})}"
     form = response.follow(status=200).form
     form["username"], form["password"] = "ada", password_of("ada")
     response = form.submit(status=302)
-    assert urlsplit(response.location).path == "/lab/hub/home"
-    assert re.findall(r"Path=[^;]+", response.headers["Set-Cookie"]) == ["Path=/lab/hub/"]
-    assert site.get("/lab/hub/home", status=200).text.count('action="/lab/hub/') > 0
+    assert response.location == f"{path}/hub/home"
+    assert re.findall(r"Path=[^;]+", response.headers["Set-Cookie"]) == [f"Path={path}/hub/"]
+    assert site.get(f"{path}/hub/home", status=200).text.count(f'action="{path}/hub/') > 0
+
+
+def test_a_browser_gets_into_a_server_of_a_hub_below_a_path(below, spawner):
+    hub, site, path = below
+    site.post(f"{path}/hub/api/users/ada/server", headers={"Authorization": f"token {token_for(hub, 'ada')}"}, status=201)
+    sign_in_at(site, "ada", url=f"{path}/hub/login")
+    variables = spawner.launches[0].variables
+    query = urlencode({"client_id": variables["JUPYTERHUB_CLIENT_ID"], "response_type": "code",
+                       "redirect_uri": variables["JUPYTERHUB_OAUTH_CALLBACK_URL"]})
+    callback = site.get(f"{path}/hub/api/oauth2/authorize?{query}", status=302).location
+    assert callback.partition("?")[0] == f"{path}/user/ada/oauth_callback" and "code=" in callback
+
+
+def test_a_hub_below_a_path_sends_clients_there_for_the_next_page(below):
+    hub, site, path = below
+    headers = {"Authorization": f"token {token_for(hub, 'root')}", "Accept": minihub.PAGE_TYPE}
+    response = site.get(f"{path}/hub/api/users?limit=1", headers=headers, status=200)
+    assert response.json["_pagination"]["next"]["url"] == f"http://localhost:80{path}/hub/api/users?limit=1&offset=1"
+
+
+def test_links_made_before_the_first_request_lead_below_the_base_url(make_hub):
+    hub = people(make_hub(base_url="/\u00fcben/", public_url="https://school.example"))
+    with hub.connected():
+        assert hub.link_for(hub.find_user("ada")).startswith("https://school.example/%C3%BCben/hub/link/")
+
+
+def a_page(environ, start_response):
+    """A site with one page, which says where it is."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"the site at {environ['SCRIPT_NAME']}{environ['PATH_INFO']}".encode("latin-1")]
+
+
+@pytest.mark.parametrize(("base_url", "path", "title"), [
+    ("/", "/hub/login", "Sign in"), ("/", "/hub/api/nothing", None), ("/lab/", "/lab/hub/login", "Sign in"),
+    ("/lab/", "/lab/services/none/", "Nothing here"), ("/\u00fcben/a/", "/%C3%BCben/a/hub/login", "Sign in")])
+def test_a_hub_in_front_of_a_site_takes_its_own_paths(make_hub, base_url, path, title):
+    response = webtest.TestApp(make_hub(base_url=base_url).wrap(a_page)).get(path, status="*")
+    assert response.headers["X-JupyterHub-Version"] == "1.5.1" and (title is None or response.html.h1.text == title)
+
+
+@pytest.mark.parametrize(("base_url", "path"), [
+    ("/", "/"), ("/", "/hubs"), ("/", "/a/hub/login"), ("/", "/users/"), ("/", "//hub/login"), ("/lab/", "/lab/"), ("/lab/", "/lab"),
+    ("/lab/", "/hub/login"), ("/lab/", "/lab/hubs"), ("/lab/", "/x/lab/hub/login"), ("/\u00fcben/a/", "/hub/login")])
+def test_a_hub_in_front_of_a_site_leaves_it_all_others(make_hub, base_url, path):
+    assert webtest.TestApp(make_hub(base_url=base_url).wrap(a_page)).get(path, status=200).text == f"the site at {path}"
+
+
+def test_a_hub_in_front_of_a_site_may_be_below_a_mount_point_itself(make_hub):
+    site = webtest.TestApp(make_hub(base_url="/lab/").wrap(a_page), extra_environ={"SCRIPT_NAME": "/school"})
+    assert site.get("/school/lab/hub/home", status=302).location == "/school/lab/hub/login?next=%2Fschool%2Flab%2Fhub%2Fhome"
+    assert site.get("/school/lab/", status=200).text == "the site at /school/lab/"
+
+
+def test_two_hubs_in_one_site_share_nothing(make_hub, spawner):
+    one, other = people(make_hub(base_url="/one/")), people(make_hub(base_url="/other/"))
+    site = webtest.TestApp(one.wrap(other.wrap(a_page)), extra_environ={"REMOTE_ADDR": "127.0.0.1"}, lint=True)
+    sign_in_at(site, "ada", url="/one/hub/login")
+    assert (is_signed_in(site, "/one/hub/home"), is_signed_in(site, "/other/hub/home")) == (True, False)
+    token = {"Authorization": f"token {token_for(one, 'ada')}"}
+    site.post("/one/hub/api/users/ada/server", headers=token, status=201)
+    site.get("/other/hub/api/user", headers=token, status=403)
+    with other.connected():
+        assert (other.proxy.get_all_routes(), other.running_servers(), other.secret == one.secret) == ({}, {}, False)
 
 
 def test_routes_of_an_embedded_proxy_are_nobodys_when_there_is_another(make_hub, tmp_path):
