@@ -48,6 +48,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import string
 import subprocess
@@ -86,6 +87,10 @@ log = logging.getLogger("minihub")
 ########################################################################################################
 
 
+#: What Flask, Django, PHP, Java, Express and Laravel call theirs.
+SITE_COOKIES = ("session", "remember_token", "sessionid", "csrftoken", "PHPSESSID", "JSESSIONID", "connect.sid", "laravel_session")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything a hub can be told, as keywords of `Hub(...)` or as `MINIHUB_*` variables of `minihub.app`.
@@ -115,7 +120,7 @@ class Settings:
     public_url: str = ""                        # https://host of the browsers' side, for links that are printed
     hub_url: str = ""                           # http://host:port where servers reach the hub; default: its own address
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")  # whose X-Forwarded-* headers are believed
-    site_cookies: tuple[str, ...] = ()          # cookies of the site around the hub, which no user's server is to see
+    site_cookies: tuple[str, ...] = SITE_COOKIES  # cookies of the site around the hub, which no user's server is to see
     admin_access: bool = True                   # admins may open the servers of others
     named_servers: bool = True                  # users may have servers besides their default one
     named_server_limit: int = 0                 # how many of those each, 0 = any number
@@ -137,6 +142,9 @@ class Settings:
     cleanup_servers: bool = False               # POST /shutdown also stops the servers, unless its body says otherwise
     cleanup_proxy: bool = True                  # POST /shutdown also stops a proxy that the hub has started
     on_shutdown: Any = None                     # called, without arguments, in place of ending the WSGI server
+    on_user_created: Any = None                 # called after the fact with (user_name)
+    on_server_started: Any = None               # called when it is ready with (user_name, server_name, path)
+    on_server_stopped: Any = None               # called with (user_name, server_name, why); why is "" if it was asked to
     proxy_idle_timeout: float = 3600            # a proxied connection without a byte for so long is closed, 0 = never
     tick_interval: float = 1                    # pause between two rounds of the ticker, 0 = call hub.tick() yourself
     process_variables: Any = None               # the variables that env_keep chooses from; default: this process's
@@ -216,7 +224,7 @@ class Settings:
 
 SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
 
-CALLABLES = ("identify", "on_shutdown")
+CALLABLES = ("identify", "on_shutdown", "on_user_created", "on_server_started", "on_server_stopped")
 NOT_IN_ENVIRON = ("process_variables", *CALLABLES)  # Python objects
 
 INHERITED_VARIABLES = frozenset(
@@ -1478,6 +1486,7 @@ class Splicer:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._owner = 0
+        self._thread: threading.Thread | None = None
         self._tasks: dict[asyncio.Task, Connection] = {}
 
     def carry(self, connection: Connection) -> None:
@@ -1489,14 +1498,36 @@ class Splicer:
         with self._lock:
             if self._loop is None or self._owner != os.getpid():
                 self._loop, self._owner, self._tasks = asyncio.new_event_loop(), os.getpid(), {}
-                threading.Thread(target=self._run, args=(self._loop,), name="minihub-splicer", daemon=True).start()
+                self._thread = threading.Thread(target=self._run, args=(self._loop,), name="minihub-splicer", daemon=True)
+                self._thread.start()
             return self._loop
 
     def _run(self, loop):
         asyncio.set_event_loop(loop)
         if self.idle_timeout:
             loop.call_later(self._sweep_interval, self._close_idle)
-        loop.run_forever()
+        try:
+            loop.run_forever()
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            loop.close()
+
+    def close(self) -> None:
+        """End all connections, and the thread. The next connection starts another."""
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None and self._owner == os.getpid():
+            asyncio.run_coroutine_threadsafe(self._end_all(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join()
+
+    async def _end_all(self):
+        carried = dict(self._tasks)
+        for task in carried:
+            task.cancel()
+        await asyncio.gather(*carried, return_exceptions=True)
+        for connection in carried.values():  # a task that is cancelled before it has begun closes nothing
+            connection.client.close()
 
     @property
     def _sweep_interval(self):
@@ -2010,6 +2041,7 @@ class HubCore:
         self._waiting = threading.BoundedSemaphore(2)
         self._holder = secrets.token_hex(8)
         self._proxy_is_down = False
+        self._remove_database: Callable[[], Any] = lambda: None  # a database that is in memory does
         self._next_poll = self._next_purge = self._next_check = 0.0
         self.authenticator = _load("authenticator", settings.authenticator, AUTHENTICATORS, Authenticator)
         self.spawner = _load("spawner", settings.spawner, SPAWNERS, Spawner)
@@ -2049,7 +2081,7 @@ class HubCore:
             path = url.removeprefix("sqlite:").removeprefix("///").partition("?")[0]
             return f"sqlite:///{os.path.abspath(path)}" if url.startswith("sqlite:") else url
         folder = tempfile.mkdtemp(prefix="minihub-")
-        weakref.finalize(self, remove_folder, folder, os.getpid())
+        self._remove_database = weakref.finalize(self, remove_folder, folder, os.getpid())
         return f"sqlite:///{folder}/memory.sqlite"
 
     @contextlib.contextmanager
@@ -2071,6 +2103,18 @@ class HubCore:
     def check_health(self) -> None:
         """Raises one of DatabaseTrouble if the database does not answer."""
         self.database.execute_sql("SELECT 1")
+
+    # What the site that the hub is mounted in wants to know
+
+    def _tell(self, event, *facts):
+        """Call the site back, which can neither stop what has happened nor break the hub."""
+        callback = getattr(self.settings, event)
+        if callback is None:
+            return
+        try:
+            callback(*facts)
+        except Exception:  # a hook that somebody else wrote
+            log.exception("%s failed", event)
 
     # Where the hub is
 
@@ -2119,6 +2163,11 @@ class HubCore:
 
     def create_user(self, name: str, admin: bool = False) -> User:
         """A new user. Raises BadRequest for an invalid name, Conflict if there is one of that name."""
+        user = self._create_user(name, admin)
+        self._tell("on_user_created", user.name)
+        return user
+
+    def _create_user(self, name, admin):
         name = self.normalize(name)
         try:
             with self.database.atomic():
@@ -2137,9 +2186,12 @@ class HubCore:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
         try:
-            return self._insert_new_users(wanted, admin)
+            users = self._insert_new_users(wanted, admin)
         except pw.IntegrityError:  # somebody else has made one of them in this moment
-            return self._insert_new_users(wanted, admin)
+            users = self._insert_new_users(wanted, admin)
+        for user in users:
+            self._tell("on_user_created", user.name)
+        return users
 
     def _insert_new_users(self, wanted, admin):
         with self.database.atomic():
@@ -2397,10 +2449,13 @@ class HubCore:
         """Set the password of whoever the link is for, making the first admin. Raises Forbidden and BadRequest."""
         with self.database.atomic():
             user = self.open_link(token)
+            is_new = user is None and self.get_user(name) is None
             if user is None:
-                user = self.get_user(name) or self.create_user(name)
+                user = self._create_user(name, True) if is_new else self.find_user(name)
                 self.change_user(user, {"admin": True})
             self.set_password(user, password)
+        if is_new:
+            self._tell("on_user_created", user.name)
         return user
 
     def has_admin(self) -> bool:
@@ -2836,6 +2891,7 @@ class HubCore:
         if self._move(server, "ready"):
             self.add_route(server)
             log.info("server %s: ready at %s", server.label, server.target)
+            self._tell("on_server_started", server.user.name, server.name, server.prefix)
 
     def add_route(self, server: Server) -> None:
         """Let the proxy send what is for the server to it; a proxy that does not answer is told by the ticker later."""
@@ -2908,6 +2964,7 @@ class HubCore:
         self._delete_route(server)
         self._looked_at.pop(server.id, None)
         log.info("server %s: stopped%s", server.label, failure and f": {failure.splitlines()[0]}")
+        self._tell("on_server_stopped", server.user.name, server.name, failure)
 
     def _revoke(self, server):
         """The credentials of a launch end with it, and with them all sign-ins to that server."""
@@ -3281,15 +3338,15 @@ def listening_address() -> str | None:
 
 
 @functools.lru_cache(16)  # every request asks
-def local_address(host: str, port: int | str) -> str:
+def local_address(host: str, port: int | str, scheme: str = "http") -> str:
     """http://host:port as seen from this machine, for a host that may be a name or every address."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return f"http://127.0.0.1:{port}"
+        return f"{scheme}://127.0.0.1:{port}"
     if address.is_unspecified:
         address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
+    return f"{scheme}://[{address}]:{port}" if address.version == 6 else f"{scheme}://{address}:{port}"
 
 
 ########################################################################################################
@@ -5013,7 +5070,9 @@ class Hub(HubCore):
         client = environ.get("gunicorn.socket")
         if client is not None and client.family == socket.AF_UNIX:
             return self._mount.address if self._mount else self.guess_mount().address
-        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"])
+        # gunicorn's url_scheme can be a proxy's word, its socket's type is not.
+        scheme = environ["wsgi.url_scheme"] if client is None else "https" if isinstance(client, ssl.SSLSocket) else "http"
+        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"], scheme)
 
     def wrap(self, application: Callable) -> Callable:
         """A WSGI application that is this hub for the hub's own paths, hub/, user/ and services/ below `base_url`, and
@@ -5159,6 +5218,52 @@ class Hub(HubCore):
         else:
             log.warning("the WSGI server goes on: the hub cannot end it, and the setting on_shutdown is not set")
 
+    # For the site that the hub is mounted in: these work anywhere, also where there is no request
+
+    def start_server(self, name: str, server_name: str = "", options: dict[str, Any] | None = None) -> str:
+        """Start a user's server and return its path at once; `on_server_started` tells when it is ready.
+
+        Without `options` it gets those of its last start. One that is starting goes on. Raises NotFound for an unknown
+        user, BadRequest if it runs or is stopping, TooMany at a limit. Where the hub is mounted it learns from its first
+        request: before that, the path is below `base_url`.
+        """
+        with self.connected():
+            server = self.find_or_create_server(self.find_user(name), server_name)
+            self.start(server, options, keep_options=options is None)
+            return server.prefix
+
+    def stop_server(self, name: str, server_name: str = "") -> None:
+        """Stop a user's server, without waiting; `on_server_stopped` tells when it has ended. Raises NotFound."""
+        with self.connected():
+            self.stop(self.find_server(self.find_user(name), server_name))
+
+    def create_users(self, names: list[str], admin: bool = False) -> list[User]:
+        """Those of the users who are new, in one transaction: all or nothing.
+
+        Raises BadRequest, naming every invalid name, and Conflict if none is new.
+        """
+        with self.connected():
+            return super().create_users(names, admin)
+
+    def tick(self) -> bool:
+        """Do what is due: observe servers, clean up. False if another worker is at it (it has the lease)."""
+        with self.connected():
+            return super().tick()
+
+    def close(self) -> None:
+        """End this process's threads of the hub, its connections and, if the database is in memory, that.
+
+        Servers and services go on, as they do when the process ends. A later request starts the threads again. Not for
+        callbacks, which the threads themselves may run.
+        """
+        with self._tick_lock:  # not in the middle of a round
+            if self._ticking:
+                self._ticking.set()
+            self._ticking, self._ticker_owner = None, 0
+        self.splicer.close()
+        self.disconnect()
+        self._remove_database()
+
     # The ticker
 
     def start_ticker(self) -> None:
@@ -5192,13 +5297,14 @@ class Hub(HubCore):
         while not over.wait(self.settings.tick_interval):
             with self._tick_lock:
                 try:
-                    with self.connected():
+                    if not over.is_set():
                         self.tick()
                 except DatabaseTrouble as error:
                     log.error("the database does not answer: %s", error)
                     self.disconnect()
                 except Exception:  # out of a hook that somebody else wrote
                     log.exception("the ticker failed, and will try again")
+        self.disconnect()
 
 
 def is_api(req: falcon.Request) -> bool:

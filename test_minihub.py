@@ -26,6 +26,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import statistics
 import struct
 import sqlite3
@@ -769,7 +770,7 @@ def readme_example(name):
     example = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if name in text)
     defined = {}
     exec(example, defined)
-    return defined[name]
+    return defined.get(name, defined.get("lab"))
 
 
 def test_the_readmes_authenticator_believes_the_site(make_hub):
@@ -795,6 +796,14 @@ def test_the_readmes_proxy_lists_what_runs(make_hub, tmp_path, monkeypatch):
         hub.proxy.add_route("/user/bob/", "http://127.0.0.1:2", {})
         hub.proxy.delete_route("/user/ada/")
     assert Path("running.txt").read_text() == "/user/bob/"
+
+
+def test_the_readmes_calls_work_outside_of_requests(spawner, monkeypatch, capsys):
+    monkeypatch.setattr(minihub, "Hub", functools.partial(Hub, database="sqlite:///:memory:", spawner=spawner, tick_interval=0))
+    hub = readme_example("lab.start_server")
+    with hub.connected():
+        assert [user.name for user in hub.list_users()[0]] == ["ada", "grace"]
+    assert ([launch.user_options for launch in spawner.launches], spawner.running) == ([{"course": "statistics"}], {})
 
 
 def test_the_readmes_mount_sends_only_its_own_paths_to_the_hub(tmp_path, monkeypatch):
@@ -2404,6 +2413,12 @@ def test_without_the_hubs_cookies_there_is_no_cookie_header(carried):
     assert "Cookie" not in dict(echoed(carried, headers={"Cookie": "jupyterhub-hub-login=secret"})["headers"])
 
 
+def test_the_sites_cookies_do_not_reach_a_server(either):
+    cookies = [*minihub.SITE_COOKIES, "jupyterhub-hub-login", "jupyterhub-services"]
+    got = echoed(either, headers={"Cookie": "; ".join(f"{name}=secret" for name in cookies) + "; _xsrf=1; sessions=2"})
+    assert dict(got["headers"])["Cookie"] == "_xsrf=1; sessions=2" and "secret" not in json.dumps(got["headers"])
+
+
 def test_no_secret_of_the_hubs_is_in_a_servers_environment(carried):
     environ = echoed(carried)["environ"]
     assert not [name for name in environ if name.startswith(("MINIHUB_", "PYTEST"))]
@@ -4009,6 +4024,20 @@ def test_a_server_sees_a_token_that_is_good_for_itself_only(opened, name):
     assert seen_by_server(opened, token)[0] == authorization
     opened.delete_token(row)
     assert opened.identify_token(other) is None
+
+
+@pytest.mark.parametrize(("data", "cookies"), [
+    ({"user": "ada", "server_name": ""}, "session=1"), ({"service": "wiki"}, "session=1; my_site=2; jupyterhub-services=3")])
+def test_the_site_says_which_cookies_are_its_own_and_hides_them_from_servers_only(make_hub, data, cookies):
+    environ = {"HTTP_COOKIE": "session=1; my_site=2; jupyterhub-services=3; jupyterhub-hub-login=4"}
+    assert minihub.without_hub_secrets(make_hub(site_cookies=["my_site"]), environ, data)["HTTP_COOKIE"] == cookies
+
+
+@pytest.mark.parametrize(("authenticator", "header"), [("remote-user", None), ("password", "Basic YWRhOnNlY3JldA==")])
+def test_the_password_for_the_site_does_not_reach_a_server(make_hub, authenticator, header):
+    hub, environ = make_hub(authenticator=authenticator), {"HTTP_AUTHORIZATION": "Basic YWRhOnNlY3JldA=="}
+    seen = minihub.without_hub_secrets(hub, environ, {"user": "ada", "server_name": ""})
+    assert seen.get("HTTP_AUTHORIZATION") == header
 
 
 def test_a_server_sees_no_token_of_those_who_may_not_enter(opened):
@@ -7307,6 +7336,141 @@ def test_a_kernel_keeps_its_variables_over_the_end_of_the_whole_hub(live):
     kill_all(hub)
     hub.start()
     assert run("print(x)") == "42\n"
+
+
+@pytest.mark.parametrize(("scheme", "secure_socket", "address"), [
+    ("http", None, "http://127.0.0.1:8443"), ("https", None, "https://127.0.0.1:8443"), ("http", False, "http://127.0.0.1:8443"),
+    ("https", False, "http://127.0.0.1:8443"), ("https", True, "https://127.0.0.1:8443")])
+def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(make_hub, scheme, secure_socket, address):
+    hub = make_hub()
+    environ = request_environ(SERVER_NAME="127.0.0.1", SERVER_PORT="8443", **{"wsgi.url_scheme": scheme})
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        tls = ssl.create_default_context().wrap_socket(socket.socket(), server_hostname="x", do_handshake_on_connect=False)
+        with contextlib.closing(tls):
+            if secure_socket is not None:
+                environ["gunicorn.socket"] = tls if secure_socket else plain
+            assert hub._own_address(environ) == address
+
+
+def threads_of(hub):
+    """The names of the threads that hubs run in this process."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name in ("minihub-ticker", "minihub-splicer"))
+
+
+def test_a_site_starts_and_stops_servers_outside_of_requests(hub, spawner):
+    assert hub.start_server("ada", "gpu", {"course": "python"}) == "/user/ada/gpu/"
+    assert hub.tick() is True
+    assert hub.start_server("bob") == "/user/bob/"
+    assert [(launch.user.name, launch.name, launch.user_options) for launch in spawner.launches] == [
+        ("ada", "gpu", {"course": "python"}), ("bob", "", None)]
+    hub.stop_server("ada", "gpu")
+    assert [launch.user.name for launch in spawner.running.values()] == ["bob"]
+
+
+@pytest.mark.parametrize(("action", "sentence"), [
+    (lambda hub: hub.start_server("eve"), "No such user: eve"), (lambda hub: hub.start_server("ada", "not/a name"), "Invalid server_name"),
+    (lambda hub: hub.stop_server("ada", "none"), "ada has no server named 'none'"),
+    (lambda hub: hub.create_users(["ada"]), "All 1 users already exist"), (lambda hub: hub.create_users(["a/b"]), "Invalid username: a/b")])
+def test_what_a_site_cannot_ask_for_is_an_error_with_a_reason(hub, action, sentence):
+    with pytest.raises(minihub.HubError, match=sentence):
+        action(hub)
+
+
+def test_a_site_creates_users_outside_of_requests(hub):
+    assert [user.name for user in hub.create_users(["Ada", "eve"], admin=True)] == ["eve"]
+    with hub.connected():
+        assert (hub.find_user("eve").admin, hub.find_user("ada").admin) == (True, False)
+
+
+def test_a_start_before_the_first_request_is_below_the_base_url(make_hub):
+    hub = people(make_hub(base_url="/lab/", hub_url="http://10.0.0.1:80"))
+    assert hub.start_server("ada") == "/lab/user/ada/"
+
+
+@pytest.fixture
+def told(make_hub):
+    """A hub, and what it has told its site."""
+    facts = []
+    callbacks = {name: functools.partial(lambda *values: facts.append(values), name.removeprefix("on_"))
+                 for name in ("on_user_created", "on_server_started", "on_server_stopped")}
+    return make_hub(admins=["root"], **callbacks), facts
+
+
+def test_a_site_is_told_what_has_happened(told, spawner):
+    hub, facts = told
+    hub.create_users(["ada", "bob"])
+    hub.start_server("ada")
+    hub.tick()
+    hub.stop_server("ada")
+    hub.tick()
+    spawner.problem = RuntimeError("no more room")
+    hub.start_server("bob", "gpu")
+    assert facts == [("user_created", "root"), ("user_created", "ada"), ("user_created", "bob"), ("server_started", "ada", "", "/user/ada/"),
+                     ("server_stopped", "ada", "", ""), ("server_stopped", "bob", "gpu", "RuntimeError: no more room")]
+
+
+def test_a_site_is_not_told_of_what_did_not_happen(told, spawner):
+    hub, facts = told
+    facts.clear()
+    with hub.connected(), pytest.raises(minihub.BadRequest):
+        hub.use_link(urlsplit(hub.first_admin_link()).path.rpartition("/")[2], "eve", "weak")
+    with pytest.raises(minihub.BadRequest):
+        hub.create_users(["ada", "a/b"])
+    spawner.answers = False
+    hub.start_server("root")
+    hub.tick()
+    assert facts == []
+
+
+def test_the_first_admin_by_link_is_told_once(told):
+    hub, facts = told
+    facts.clear()
+    with hub.connected():
+        hub.use_link(urlsplit(hub.first_admin_link()).path.rpartition("/")[2], "eve", "a good password")
+        assert hub.find_user("eve").admin
+    assert facts == [("user_created", "eve")]
+
+
+def test_a_callback_that_fails_breaks_nothing(make_hub, caplog):
+    hub = make_hub(on_user_created=lambda name: 1 / 0)
+    assert [user.name for user in hub.create_users(["ada"])] == ["ada"]
+    assert "on_user_created failed" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_callback_may_use_the_hub(make_hub, spawner):
+    hub = make_hub(on_user_created=lambda name: hub.start_server(name))
+    hub.create_users(["ada"])
+    assert [launch.user.name for launch in spawner.launches] == ["ada"]
+
+
+def test_a_hub_that_is_closed_leaves_nothing_behind(make_hub):
+    before = threads_of(make_hub)
+    hub = people(make_hub(tick_interval=0.01))
+    Api(hub)("GET", "/")
+    near, far = socket.socketpair()
+    connection = minihub.Forward(near, None)
+    connection.serve = lambda: connection.discard(near)
+    hub.splicer.carry(connection)
+    assert len(threads_of(hub)) == len(before) + 2
+    folder = Path(hub.database.database).parent
+    hub.close()
+    wait_for(lambda: threads_of(hub) == before)
+    with far:
+        far.settimeout(5)
+        assert (far.recv(1), near.fileno(), folder.exists(), hub.database.is_closed()) == (b"", -1, False, True)
+
+
+def test_a_hub_that_is_closed_can_be_used_again(make_hub, tmp_path):
+    hub = people(make_hub(database=f"sqlite:///{tmp_path / 'hub.sqlite'}", tick_interval=0.01))
+    for _ in range(2):
+        Api(hub, token_for(hub, "ada"))("GET", "/user")
+        assert hub._ticking is not None
+        hub.close()
+        hub.close()
+
+
+def test_a_hub_that_was_never_used_can_be_closed(make_hub):
+    make_hub().close()
 
 
 ########################################################################################################
