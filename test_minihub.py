@@ -476,6 +476,8 @@ asyncio.run(main())
 class LiveHub:
     """A gunicorn with `minihub:app` in a folder of its own."""
 
+    app, prefix = "minihub:app", ""
+
     def __init__(self, folder, *options, **settings):
         self.folder = folder
         self.port = minihub.free_port()
@@ -494,7 +496,7 @@ class LiveHub:
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "minihub:app", "--bind", f"127.0.0.1:{self.port}", "--no-control-socket",
+                [sys.executable, "-m", "gunicorn", self.app, "--bind", f"127.0.0.1:{self.port}", "--no-control-socket",
                  *self.options],
                 cwd=self.folder, env=self.environ, stdout=output, stderr=output, start_new_session=True)
         wait_for(self.is_up, message=f"gunicorn did not start: {self.log.read_text()}")
@@ -502,7 +504,7 @@ class LiveHub:
 
     def is_up(self):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return self.request("GET", "/hub/health").status == 200
+            return self.request("GET", f"{self.prefix}/hub/health").status == 200
 
     def request(self, method, path, body=None, headers=(), timeout=30):
         """The response, read to its end; `.body` is what it held."""
@@ -516,7 +518,7 @@ class LiveHub:
     def api(self, method, path, token, body=None):
         """The status and the JSON (or None) of an API request."""
         content = None if body is None else json.dumps(body)
-        response = self.request(method, f"/hub/api{path}", content, {"Authorization": f"token {token}"})
+        response = self.request(method, f"{self.prefix}/hub/api{path}", content, {"Authorization": f"token {token}"})
         is_json = response.body and "json" in (response.getheader("Content-Type") or "")
         return response.status, json.loads(response.body) if is_json else None
 
@@ -765,12 +767,16 @@ def test_every_default_in_the_table_can_be_written_as_a_variable():
     assert Settings.from_environ(variables) == Settings()
 
 
-def readme_example(name):
-    """What the README's Python example with that name in it defines."""
-    example = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if name in text)
+def readme_text(words, kind="python"):
+    """The README's example of that kind with those words in it."""
+    return next(text for text in re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) if words in text)
+
+
+def readme_example(name, words=None):
+    """What the README's Python example with that name, or else those words, in it defines under the name."""
     defined = {}
-    exec(example, defined)
-    return defined.get(name, defined.get("lab"))
+    exec(readme_text(words or name), defined)
+    return defined[name]
 
 
 def test_the_readmes_authenticator_believes_the_site(make_hub):
@@ -800,7 +806,7 @@ def test_the_readmes_proxy_lists_what_runs(make_hub, tmp_path, monkeypatch):
 
 def test_the_readmes_calls_work_outside_of_requests(spawner, monkeypatch, capsys):
     monkeypatch.setattr(minihub, "Hub", functools.partial(Hub, database="sqlite:///:memory:", spawner=spawner, tick_interval=0))
-    hub = readme_example("lab.start_server")
+    hub = readme_example("lab", "lab.start_server")
     with hub.connected():
         assert [user.name for user in hub.list_users()[0]] == ["ada", "grace"]
     assert ([launch.user_options for launch in spawner.launches], spawner.running) == ([{"course": "statistics"}], {})
@@ -2678,7 +2684,94 @@ class Waitress(Host):
         self.server.task_dispatcher.shutdown()
 
 
-@pytest.fixture(scope="module", params=[Wsgiref, Werkzeug, Waitress])
+class Cheroot(Host):
+    """CherryPy's."""
+
+    def make(self):
+        wsgi = pytest.importorskip("cheroot.wsgi", reason="pip install cheroot")
+        self.server = wsgi.Server(("127.0.0.1", 0), self.app, numthreads=4)
+        self.server.prepare()
+        self.port = self.server.bind_addr[1]
+
+    def serve(self):
+        self.server.serve()
+
+    def end(self):
+        self.server.stop()
+
+
+@contextlib.contextmanager
+def in_process(kind, hub):
+    """The hub in a host of that kind."""
+    host = kind(hub)
+    try:
+        yield host
+    finally:
+        host.end()
+
+
+#: The README's name of each host, and how to run a hub with ada's echo server in it.
+HOSTS = {
+    "gunicorn, sync workers": lambda hub, folder: carrying(folder),
+    "gunicorn, `--threads` (gthread)": lambda hub, folder: carrying(folder, "--threads", "4"),
+    "gunicorn, `--worker-class gevent`": lambda hub, folder: carrying(folder, "--worker-class", "gevent"),
+    "waitress": lambda hub, folder: in_process(Waitress, hub),
+    "wsgiref (one thread)": lambda hub, folder: in_process(Wsgiref, hub),
+    "werkzeug's server (Flask's development server)": lambda hub, folder: in_process(Werkzeug, hub),
+    "cheroot": lambda hub, folder: in_process(Cheroot, hub),
+}
+UNMEASURED = ("uWSGI", "mod_wsgi", "gunicorn ending TLS itself")
+
+
+def is_there(host, path, status, words):
+    """Whether a path answers with that status and those words."""
+    answer = host.request("GET", path)
+    return answer.status == status and words in answer.body
+
+
+def carries_websockets(host):
+    """Whether a websocket echoes; if not, the answer must say why and what to do."""
+    import websocket
+
+    try:
+        with contextlib.closing(websocket_to(host)) as connection:
+            connection.send("hello")
+            return connection.recv() == "hello"
+    except websocket.WebSocketBadStatusException as error:
+        assert error.status_code == 501 and b"Run the hub with gunicorn" in error.resp_body
+        return False
+
+
+def measured(host):
+    """What works in a host, as the README's table says it: API, pages, servers over HTTP, websockets."""
+    works = (is_there(host, "/hub/api/", 200, b'{"version"'), is_there(host, "/hub/login", 200, b"Sign in"),
+             json.loads(host.request("POST", "/user/ada/upload", b"x" * MEGABYTE).body)["count"] == MEGABYTE
+             and host.request("GET", "/user/ada/download?size=3000000").body == b"x" * 3000000, carries_websockets(host))
+    return ["yes" if working else "no" for working in works]
+
+
+def hosts_in_the_readme():
+    """The README's table of hosts, a list of words for each."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
+    begin = rows.index(["server", "API", "pages", "notebooks over HTTP", "websockets (kernels, terminals)"]) + 2
+    return {name: cells for name, *cells in rows[begin:begin + len(HOSTS) + len(UNMEASURED)]}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_readmes_table_of_hosts_is_what_was_measured(name, at_home, tmp_path):
+    if "gevent" in name:
+        pytest.importorskip("gevent", reason="pip install gevent")
+    with HOSTS[name](at_home, tmp_path) as host:
+        assert hosts_in_the_readme()[name] == measured(host)
+
+
+def test_the_readmes_table_of_hosts_owns_up_to_what_was_not_measured():
+    table = hosts_in_the_readme()
+    assert table.keys() == HOSTS.keys() | set(UNMEASURED)
+    assert all(table[name] == ["not measured"] * 4 for name in UNMEASURED)
+
+
+@pytest.fixture(scope="module", params=[Wsgiref, Werkzeug, Waitress, Cheroot])
 def host(request, at_home):
     """The hub in each kind of host."""
     host = request.param(at_home)
@@ -6371,6 +6464,82 @@ def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
     ada.click("text=Sign out ada")
     ada.goto(server)
     assert ada.inner_text("h1") == "Sign in"
+
+
+@pytest.fixture
+def live_site(tmp_path):
+    """Starts a site with a hub below /lab, in a gunicorn with one sync worker: `live_site("school:site")`."""
+    def start(app):
+        site = LiveHub(tmp_path)
+        site.app, site.prefix = app, "/lab"
+        sites.append(site)
+        return site.start()
+
+    sites = []
+    yield start
+    for site in sites:
+        site.stop_all()
+
+
+@needs_singleuser
+def test_a_class_works_in_jupyterlab_in_the_readmes_flask_site(live_site, tmp_path, chromium):
+    pytest.importorskip("flask", reason="pip install '.[test]'")
+    (tmp_path / "school.py").write_text(readme_text("from flask import Flask, redirect"))
+    site, ada, bob = live_site("school:site"), chromium(), chromium()
+    for page, name in ((ada, "Ada"), (bob, "bob")):
+        page.goto(f"{site.url}/lab/hub/home")
+        assert urlsplit(page.url).path == "/login"
+        page.fill("[name=name]", name)
+        page.click("text=Sign in")
+        assert page.inner_text("h1") == f"Hello, {name.lower()}"
+
+    start_lab(ada)
+    assert urlsplit(ada.url).path == "/lab/user/ada/lab"
+    assert run_cell(ada, "print(6*7)") == "42"
+    assert bob.goto(f"{site.url}/lab/user/ada/lab").status == 403
+
+    ada.goto(f"{site.url}/lab/hub/logout")
+    assert urlsplit(ada.url).path == "/login"
+    ada.goto(f"{site.url}/lab/user/ada/lab")
+    assert urlsplit(ada.url).path == "/login"
+
+
+@pytest.fixture
+def django_site(live_site, tmp_path):
+    """The README's Django site, whose servers are echo servers, with the superuser ada."""
+    pytest.importorskip("django", reason="pip install '.[test]'")
+    (tmp_path / "echo.py").write_text(ECHO_SERVER)
+    environ = {**os.environ, "DJANGO_SUPERUSER_PASSWORD": PASSWORD}
+    for words in ("django startproject school .", "manage migrate", "manage createsuperuser --noinput --username ada --email ada@school.example"):
+        subprocess.run([sys.executable, "-m", *words.split()], cwd=tmp_path, env=environ, check=True, capture_output=True)
+    cmd = f"{sys.executable} {tmp_path / 'echo.py'}"
+    (tmp_path / "school" / "wsgi.py").write_text(readme_text("django").replace("Hub(base_url", f"Hub(cmd={cmd!r}, base_url"))
+    return live_site("school.wsgi:application")
+
+
+def test_no_secret_reaches_a_server_in_the_readmes_django_site(django_site):
+    with requests.Session() as browser:
+        page = browser.get(f"{django_site.url}/lab/hub/home")
+        assert urlsplit(page.url)._replace(scheme="", netloc="").geturl() == "/admin/login/?next=%2Flab%2Fhub%2Fhome"
+        page = browser.post(page.url, {"username": "ada", "password": PASSWORD, "next": "/lab/hub/home",
+                                       "csrfmiddlewaretoken": browser.cookies["csrftoken"]})
+        assert "Hello, ada" in page.text and "People" in page.text
+        xsrf = re.search(r'name=_xsrf value="(\w+)"', page.text)[1]
+        token = browser.post(f"{django_site.url}/lab/hub/api/users/ada/tokens", headers={"X-XSRFToken": xsrf}).json()["token"]
+        django_site.start_server("ada", token)
+        got = browser.get(f"{django_site.url}/lab/user/ada/echo", headers={"Authorization": f"token {token}"}).json()
+        secrets = [token, browser.cookies["sessionid"], browser.cookies["csrftoken"]]
+    headers = dict(got["headers"])
+    assert not [secret for secret in secrets if secret in json.dumps(got)]
+    assert headers["Cookie"] == f"jupyterhub-session-id={browser.cookies['jupyterhub-session-id']}"
+    assert django_site.request("GET", "/lab/hub/api/user", headers={"Authorization": headers["Authorization"]}).status == 200
+    assert django_site.api("GET", "/users", headers["Authorization"].split()[1])[0] == 403
+
+
+def test_who_is_not_signed_in_at_the_django_site_is_nobody_at_the_hub(django_site):
+    headers = {"Cookie": "sessionid=made-up", "Referer": f"{django_site.url}/lab/hub/home"}
+    assert django_site.request("GET", "/lab/hub/api/user", headers=headers).status == 403
+    assert django_site.request("GET", "/", headers=headers).status == 200
 
 
 def class_with_one_password(live, folder, cmd):
