@@ -7521,6 +7521,100 @@ def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(make_hub, s
             assert hub._own_address(environ) == address
 
 
+NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+OPENSSL = shutil.which("openssl")
+
+#: What a whole configuration needs besides the README's part.
+NGINX_CONF = """
+{user}
+daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    {readme}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def behind_nginx(tmp_path_factory):
+    """A gunicorn with ada's echo server behind a real nginx, as the README has it; `.url` is where browsers are."""
+    if not NGINX or not OPENSSL:
+        pytest.skip("apt-get install nginx openssl")
+    folder = tmp_path_factory.mktemp("nginx")
+    port, words = minihub.free_port(), "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([OPENSSL, *words.split(), "-keyout", folder / "tls.key", "-out", folder / "tls.pem"], check=True, capture_output=True)
+    hub = LiveHub(folder, authenticator="dummy", password=PASSWORD, base_url="/lab/", cmd=f"{sys.executable} {folder / 'echo.py'}")
+    hub.prefix = "/lab"
+    (folder / "echo.py").write_text(ECHO_SERVER)
+    readme = readme_text("proxy_pass", "nginx")
+    for old, new in (("listen 443", f"listen 127.0.0.1:{port}"), ("school.example;", "localhost;"), ("127.0.0.1:8000", f"127.0.0.1:{hub.port}"),
+                     ("/etc/ssl/school.example", str(folder / "tls"))):
+        assert old in readme
+        readme = readme.replace(old, new)
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(NGINX_CONF.format(user=user, folder=folder, readme=readme))
+    nginx = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    try:
+        hub.start()
+        wait_for(lambda: is_open(port), message="nginx did not start")
+        hub.public, hub.certificate = f"https://localhost:{port}", str(folder / "tls.pem")
+        yield hub
+    finally:
+        nginx.terminate()
+        nginx.wait(30)
+        hub.stop_all()
+
+
+@pytest.fixture
+def nginx_browser(behind_nginx):
+    """A browser behind nginx in which ada has signed in, and the responses on the way there."""
+    with requests.Session() as browser:
+        browser.verify, browser.trust_env = behind_nginx.certificate, False
+        page = browser.get(f"{behind_nginx.public}/lab/hub/home")
+        xsrf = re.search(r'name=_xsrf value="(\w+)"', page.text)[1]
+        signed_in = browser.post(page.url, {"username": "ada", "password": PASSWORD, "_xsrf": xsrf})
+        browser.trail = [*page.history, page, *signed_in.history, signed_in]
+        yield browser
+
+
+def test_behind_nginx_people_sign_in_and_stay_below_the_prefix(behind_nginx, nginx_browser):
+    assert [urlsplit(response.url).path for response in nginx_browser.trail] == [
+        "/lab/hub/home", "/lab/hub/login", "/lab/hub/login", "/lab/hub/home"]
+    assert all(response.url.startswith(behind_nginx.public) for response in nginx_browser.trail)
+    assert "Hello, ada" in nginx_browser.trail[-1].text
+    assert nginx_browser.get(f"{behind_nginx.public}/lab/").url == f"{behind_nginx.public}/lab/hub/home"
+
+
+def test_behind_nginx_cookies_are_for_tls_and_the_prefix_only(nginx_browser):
+    assert {(cookie.name, cookie.path, cookie.secure) for cookie in nginx_browser.cookies} == {
+        ("jupyterhub-hub-login", "/lab/hub/", True), ("jupyterhub-session-id", "/lab/", True)}
+
+
+def test_behind_nginx_servers_carry_requests_and_websockets(behind_nginx, nginx_browser):
+    import websocket
+
+    place = f"{behind_nginx.public}/lab/user/ada/"
+    behind_nginx.start_server("ada", behind_nginx.command("token", "ada"))
+    got = nginx_browser.get(f"{place}echo/x%20y").json()
+    headers = dict(got["headers"])
+    assert (got["uri"], headers["X-Forwarded-Proto"], headers["Host"], "jupyterhub-hub-login" in headers.get("Cookie", "")) == (
+        "/lab/user/ada/echo/x%20y", "https", urlsplit(place).netloc, False)
+    body = os.urandom(3 * MEGABYTE)
+    assert nginx_browser.post(f"{place}upload", body).json() == {"count": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    with contextlib.closing(websocket.create_connection(
+            f"{place.replace('https', 'wss')}socket", sslopt={"ca_certs": behind_nginx.certificate}, timeout=10)) as connection:
+        connection.send("hello")
+        assert connection.recv() == "hello"
+
+
+def test_past_nginx_nobody_can_say_that_the_browser_uses_tls(behind_nginx):
+    headers = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example"}
+    answer = requests.get(f"{behind_nginx.public}/lab/hub/login", verify=behind_nginx.certificate, headers=headers)
+    assert "Secure" in answer.headers["Set-Cookie"]
+
+
 def threads_of(hub):
     """The names of the threads that hubs run in this process."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name in ("minihub-ticker", "minihub-splicer"))
