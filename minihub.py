@@ -2134,7 +2134,8 @@ class HubCore:
 
     def guess_mount(self) -> Mount:
         """Where a hub that has had no request yet is likely to be."""
-        return Mount(quote(self.settings.base_url, safe="/@~"), self.settings.hub_url or listening_address() or "http://127.0.0.1:8000")
+        return Mount(quote(self.settings.base_url, safe="/@~"),
+                     self.settings.hub_url or listening_address() or "http://127.0.0.1:8000")
 
     def public_link(self, path: str, site: str = "") -> str:
         """A link for people, to `path` below the hub's pages; `site` is https://host where the one who asks sees them."""
