@@ -2742,7 +2742,7 @@ def carries_websockets(host):
         return False
 
 
-def measured(host):
+def what_works_in(host):
     """What works in a host, as the README's table says it: API, pages, servers over HTTP, websockets."""
     works = (is_there(host, "/hub/api/", 200, b'{"version"'), is_there(host, "/hub/login", 200, b"Sign in"),
              json.loads(host.request("POST", "/user/ada/upload", b"x" * MEGABYTE).body)["count"] == MEGABYTE
@@ -2762,7 +2762,7 @@ def test_the_readmes_table_of_hosts_is_what_was_measured(name, at_home, tmp_path
     if "gevent" in name:
         pytest.importorskip("gevent", reason="pip install gevent")
     with HOSTS[name](at_home, tmp_path) as host:
-        assert hosts_in_the_readme()[name] == measured(host)
+        assert hosts_in_the_readme()[name] == what_works_in(host)
 
 
 def test_the_readmes_table_of_hosts_owns_up_to_what_was_not_measured():
@@ -7615,7 +7615,7 @@ def test_past_nginx_nobody_can_say_that_the_browser_uses_tls(behind_nginx):
     assert "Secure" in answer.headers["Set-Cookie"]
 
 
-def threads_of(hub):
+def threads_of_hubs():
     """The names of the threads that hubs run in this process."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name in ("minihub-ticker", "minihub-splicer"))
 
@@ -7707,17 +7707,17 @@ def test_a_callback_may_use_the_hub(make_hub, spawner):
 
 
 def test_a_hub_that_is_closed_leaves_nothing_behind(make_hub):
-    before = threads_of(make_hub)
-    hub = people(make_hub(tick_interval=0.01))
+    before = threads_of_hubs()
+    hub = people(make_hub(database="sqlite:///:memory:", tick_interval=0.01))
     Api(hub)("GET", "/")
     near, far = socket.socketpair()
     connection = minihub.Forward(near, None)
     connection.serve = lambda: connection.discard(near)
     hub.splicer.carry(connection)
-    assert len(threads_of(hub)) == len(before) + 2
+    assert len(threads_of_hubs()) == len(before) + 2
     folder = Path(hub.database.database).parent
     hub.close()
-    wait_for(lambda: threads_of(hub) == before)
+    wait_for(lambda: threads_of_hubs() == before)
     with far:
         far.settimeout(5)
         assert (far.recv(1), near.fileno(), folder.exists(), hub.database.is_closed()) == (b"", -1, False, True)
