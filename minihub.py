@@ -1534,7 +1534,7 @@ class Splicer:
         return max(0.1, self.idle_timeout / 10)
 
     def _start(self, connection):
-        task = self._loop.create_task(connection.run())
+        task = asyncio.get_running_loop().create_task(connection.run())
         self._tasks[task] = connection  # asyncio itself holds tasks weakly
         task.add_done_callback(self._tasks.pop)
 
@@ -1542,7 +1542,7 @@ class Splicer:
         for task, connection in list(self._tasks.items()):
             if time.monotonic() - connection.last_byte > self.idle_timeout:
                 task.cancel()
-        self._loop.call_later(self._sweep_interval, self._close_idle)
+        asyncio.get_running_loop().call_later(self._sweep_interval, self._close_idle)
 
 
 class Connection:
