@@ -3578,8 +3578,7 @@ def is_for_server(identity: Identity, data: dict[str, Any]) -> bool:
 ########################################################################################################
 
 BODY_LIMIT = 4 * 1024 * 1024  # bytes: some 100,000 user names
-OPTIONS_LIMIT = 64 * 1024  # bytes of a start's options, which are in every list of users
-NOTE_LIMIT = 1023  # characters; the width of JupyterHub's column
+KEPT_LIMIT = 64 * 1024  # characters of a start's options or a token's note, which many lists show
 DEPTH_LIMIT = 100  # lists and objects in one another; Python reads some 900 but may then fail to write them
 NEVER = 100 * 365 * 24 * 3600  # seconds; a longer life than that is no number worth adding to a date
 
@@ -3868,8 +3867,8 @@ def read_options(req: falcon.Request) -> dict[str, Any] | None:
     options = read_json(req)
     if options is not None and not isinstance(options, dict):
         raise BadRequest("The options of a start must be a JSON object")
-    if len(json.dumps(options)) > OPTIONS_LIMIT:
-        raise BadRequest(f"The options of a start must not be longer than {OPTIONS_LIMIT} bytes")
+    if len(json.dumps(options)) > KEPT_LIMIT:
+        raise BadRequest(f"The options of a start must not be longer than {KEPT_LIMIT} characters")
     return options
 
 
@@ -3980,8 +3979,8 @@ class TokensResource(Resource):
 def read_token_wishes(body: dict[str, Any]) -> tuple[str, float | None]:
     """The note and the life in seconds (None: without end) that a new token is to have. Raises BadRequest."""
     note, expires_in = body.get("note") or "", body.get("expires_in")
-    if not isinstance(note, str) or "\0" in note or len(note) > NOTE_LIMIT:
-        raise BadRequest(f"note must be a string of at most {NOTE_LIMIT} characters")
+    if not isinstance(note, str) or "\0" in note or len(note) > KEPT_LIMIT:
+        raise BadRequest(f"note must be a string of at most {KEPT_LIMIT} characters")
     if expires_in is not None:
         if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not 0 < expires_in < NEVER:
             raise BadRequest("expires_in must be a number of seconds greater than 0")
