@@ -2814,7 +2814,7 @@ class HubCore:
             self.spawner.stop(state, now=True)
             self._try_again(server)
             return
-        if not kept:
+        if not kept and not (server.launch == launch and server.status in ("spawning", "ready")):  # else another found it, too
             self.spawner.stop(state, now=True)
         if server.status == "stopping" and server.launch == launch:  # it was given up, and whoever did that waits for this
             self._end(server, "")
@@ -2862,7 +2862,8 @@ class HubCore:
 
     def _recover(self, server):
         """Finish a start whose worker was killed between the row and the process."""
-        if seconds_since(server.changed) < INTERRUPTED_AFTER:
+        self._reload(server)  # whoever waits for this has an old copy of the row
+        if server.status != "spawning" or server.state or seconds_since(server.changed) < INTERRUPTED_AFTER:
             return
         state = self._ask(server, self.spawner.find, self._launch_of(server), otherwise={})
         if state == {}:

@@ -3409,6 +3409,25 @@ def test_an_interrupted_start_can_be_given_up(opened, spawner, pass_time):
     assert (opened.observe(server).status, spawner.launches) == ("stopped", [])
 
 
+def test_whoever_has_seen_a_start_begin_sees_how_it_goes_on(opened):
+    server = interrupted(opened, 1)
+    minihub.Server.update(status="stopped", failure="no luck").where(minihub.Server.id == server.id).execute()
+    opened.observe(server)
+    assert (server.status, server.failure) == ("stopped", "no luck")
+
+
+def test_two_who_find_the_process_of_an_interrupted_start_both_let_it_live(opened, spawner):
+    def find(launch):
+        if "first" not in spawner.running:
+            spawner.running["first"] = launch
+            opened.observe(opened.observe(server_of(opened)))
+        return {"target": f"{spawner.address}/first", "launch": "first"}
+
+    spawner.find = find
+    server = interrupted(opened, minihub.INTERRUPTED_AFTER + 1)
+    assert (opened.observe(server).status, list(spawner.running)) == ("ready", ["first"])
+
+
 def test_a_process_that_an_interrupted_start_left_ends_with_a_start_that_is_given_up(opened, spawner):
     spawner.running["first"] = "a process that nobody wrote down"
     spawner.find = lambda launch: {"target": f"{spawner.address}/first", "launch": launch.id}
@@ -7174,7 +7193,7 @@ def test_in_chaos_nothing_is_lost(live, tmp_path):
 @pytest.fixture
 def crowd(live, tmp_path):
     """A gunicorn with two workers of eight threads each, whose servers are mock servers."""
-    return start_mocked(live, tmp_path, "-w", "2", "--threads", "8", slow_spawn_timeout=1, slow_stop_timeout=1)
+    return start_mocked(live, tmp_path, "-w", "2", "--threads", "8", slow_spawn_timeout=3, slow_stop_timeout=1)
 
 
 def test_twenty_who_start_a_server_at_once_start_it_once(crowd, tmp_path):
