@@ -7837,6 +7837,18 @@ def test_a_backup_is_made_while_the_hub_runs(live, tmp_path):
         assert [name for name, in copy.execute("SELECT name FROM users")] == ["ada"]
 
 
+def test_a_backup_is_restored_as_the_readme_says(live, tmp_path):
+    hub = live()
+    hub.command("link", "ada")
+    hub.command("backup", "FILE")
+    hub.command("link", "eve")
+    hub.stop()
+    steps, = re.findall(r"systemctl stop minihub\n(.*?)\n +systemctl start minihub", README, re.DOTALL)
+    subprocess.run(steps.replace("chown minihub:", "chown $(id -u):"), shell=True, cwd=tmp_path, check=True)
+    hub.start()
+    assert hub.rows("SELECT name FROM users") == ["ada"]
+
+
 def test_a_backup_overwrites_nothing(live, tmp_path):
     hub = live()
     with pytest.raises(subprocess.CalledProcessError) as raised:
