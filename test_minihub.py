@@ -7844,7 +7844,7 @@ def test_a_backup_is_restored_as_the_readme_says(live, tmp_path):
     hub.command("link", "eve")
     hub.stop()
     steps, = re.findall(r"systemctl stop minihub\n(.*?)\n +systemctl start minihub", README, re.DOTALL)
-    subprocess.run(steps.replace("chown minihub:", "chown $(id -u):"), shell=True, cwd=tmp_path, check=True)
+    subprocess.run(steps.replace("chown minihub:", "chown $(id -un):"), shell=True, cwd=tmp_path, check=True)
     hub.start()
     assert hub.rows("SELECT name FROM users") == ["ada"]
 
