@@ -1225,6 +1225,7 @@ LINE_BREAKS = re.compile(r"[\r\n\0]")               # RFC 9110, 5.5: what no hea
 NEEDLESSLY_ENCODED = re.compile(r"%(?:[46][1-9A-Fa-f]|[57][0-9Aa]|3[0-9]|2[Dd]|5[Ff])")
 HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
+SPOOL_LIMIT = 2 ** 30   # bytes of a body that comes in chunks, and so has to be put on the disk
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
 
 #: RFC 9110, 7.6.1: these speak of one connection, so they are not passed on.
@@ -1634,6 +1635,10 @@ class Forward(Connection):
 
     async def serve(self):
         """Both directions at once; either end closes both."""
+        with self.exchange.spool or contextlib.nullcontext():
+            await self._exchange()
+
+    async def _exchange(self):
         try:
             upstream = await self._connect()
         except (OSError, asyncio.TimeoutError):
@@ -1724,13 +1729,17 @@ def spooled_body(environ: dict[str, Any]):
         return None
     if not environ.get("wsgi.input_terminated"):
         raise BadRequest("This server needs a Content-Length, it cannot read a body that comes in chunks")
-    spool = tempfile.SpooledTemporaryFile(max_size=1024 * 1024)
-    try:
-        while data := environ["wsgi.input"].read(CHUNK):
-            spool.write(data)
-    except OSError:  # gunicorn's parse errors are kinds of it
-        raise BadRequest("The body's chunks are broken, or end too early") from None
-    return spool
+    with contextlib.ExitStack() as opened:
+        spool = opened.enter_context(tempfile.SpooledTemporaryFile(max_size=1024 * 1024))
+        try:
+            while data := environ["wsgi.input"].read(CHUNK):
+                spool.write(data)
+                if spool.tell() > SPOOL_LIMIT:
+                    raise TooLarge("The body is too long for one that comes in chunks. Send it with a Content-Length")
+        except OSError:  # gunicorn's parse errors are kinds of it
+            raise BadRequest("The body's chunks are broken, or end too early") from None
+        opened.pop_all()
+        return spool
 
 
 def file_length(file) -> int:
@@ -1766,6 +1775,7 @@ def read_head(response) -> ResponseHead:
 def stream_through(environ, start_response, exchange: Exchange, idle_timeout: float) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread, where the WSGI host lends nobody its sockets."""
     with contextlib.ExitStack() as opened:
+        opened.enter_context(exchange.spool or contextlib.nullcontext())
         upstream = opened.enter_context(socket.create_connection(exchange.target, CONNECT_TIMEOUT))
         upstream.settimeout(idle_timeout or None)
         notice_dead_peer(upstream)
@@ -2449,6 +2459,7 @@ class HubCore:
     def use_link(self, token: str, name: str, password: str) -> User:
         """Set the password of whoever the link is for, making the first admin. Raises Forbidden and BadRequest."""
         with self.database.atomic():
+            store("last_link", isoformat(now()))  # on PostgreSQL, too, the next one waits here until this one is done
             user = self.open_link(token)
             is_new = user is None and self.get_user(name) is None
             if user is None:
@@ -3525,12 +3536,19 @@ def needs_admin_login(req, resp, resource, params):
     require(req.context.user.admin, "This page is for admins")
 
 
+TOO_LATE = "This page was open for too long, or cookies are switched off."
+
+
+def is_own_form(req: falcon.Request, hub: HubCore, form: dict[str, str]) -> bool:
+    """Whether a form was filled in on a page of the hub's that this browser session was shown."""
+    given = form.get("_xsrf", "")
+    return bool(session_id_of(req)) and hmac.compare_digest(given.encode(), xsrf_token(req, hub).encode())
+
+
 def needs_xsrf(req, resp, resource, params):
     """For forms of the hub's own pages. Comes after the hook that says who is signed in."""
     req.context.form = read_form(req)
-    given = req.context.form.get("_xsrf", "")
-    right = session_id_of(req) and hmac.compare_digest(given.encode(), xsrf_token(req, resource.hub).encode())
-    require(right, "This page was open for too long, or cookies are switched off. Go back, reload it and try again")
+    require(is_own_form(req, resource.hub, req.context.form), f"{TOO_LATE} Go back, reload it and try again")
 
 
 def without_hub_secrets(hub: HubCore, environ: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -4159,9 +4177,10 @@ class AuthorizeTokenResource(Resource):
 
     @falcon.before(needs_api_token)
     def on_get_token(self, req, resp, token):
-        """Whose token that is."""
-        identity = self.hub.identify_token(token)
-        if identity is None:
+        """Whose token that is. An OAuth token proves nothing to a server it was not given to."""
+        asker, identity = req.context.identity, self.hub.identify_token(token)
+        owner = identity and identity.client_server and identity.client_server.partition("/")[0]
+        if identity is None or (owner and owner != asker.name and not asker.admin):
             raise NotFound("No such token, or it has expired")
         self.hub.note_use(identity)
         resp.media = self.hub.identity_model(identity)
@@ -4204,8 +4223,8 @@ class AuthorizeCookieResource(Resource):
     def on_get(self, req, resp, cookie_name, cookie_value=""):
         """Whose cookie that is; the value may also come as the body."""
         value = cookie_value or read_body(req).decode("utf-8", "replace")
-        user = user_of_cookie(self.hub, cookie_name, unquote(value.strip().strip('"')))
-        if user is None:
+        user = cookie_name in HUB_COOKIES and user_of_cookie(self.hub, cookie_name, unquote(value.strip().strip('"')))
+        if not user:
             raise NotFound("No such cookie, or it has expired")
         resp.media = self.hub.identity_model(identity_of(user))
 
@@ -4494,9 +4513,8 @@ class LoginPage(Resource):
             return self.on_get(req, resp)
         form = read_form(req)
         name = form.get("username", "")
-        given = form.get("_xsrf", "").encode()
-        if not session_id_of(req) or not hmac.compare_digest(given, xsrf_token(req, self.hub).encode()):
-            return self._form(req, resp, name, "The page was open for too long, or cookies are off. Please sign in again.")
+        if not is_own_form(req, self.hub, form):
+            return self._form(req, resp, name, f"{TOO_LATE} Please sign in again.")
         try:
             user = self.hub.sign_in(form, req.env, req.env["minihub.client"].address)
         except TooMany as error:
@@ -4553,6 +4571,8 @@ class LinkPage(Resource):
         """Open to whoever has the link; the link is the proof that this is meant."""
         form = read_form(req)
         try:
+            if not is_own_form(req, self.hub, form):  # or another site could sign people in with a link of its own
+                raise BadRequest(f"{TOO_LATE} Please try again.")
             require_same(form.get("password"), form.get("again"))
             user = self.hub.use_link(token, form.get("username", ""), form.get("password", ""))
         except BadRequest as error:
@@ -4568,12 +4588,12 @@ class LinkPage(Resource):
         intro = f"Welcome, {user.name}. From now on you sign in with this name and the password you choose here." if user else (
             "This hub has no admin yet. Choose the name and the password you will sign in with.")
         show(req, resp, self.hub, "Choose your password", markup(
-            '{problem}<form method=post class=card><p>{intro}</p><label>Name {field}</label>'
+            '{problem}<form method=post class=card>{xsrf}<p>{intro}</p><label>Name {field}</label>'
             '<label>New password <small>at least 8 characters</small><input type=password name=password'
             ' autocomplete=new-password minlength=8 required {focus}></label>'
             '<label>Once more <input type=password name=again autocomplete=new-password minlength=8 required></label>'
             '<button>Save and sign in</button></form>', problem=problem(message), intro=intro, field=field,
-            focus="autofocus" if name else ""), status=400 if message else 200)
+            xsrf=xsrf_field(req, resp, self.hub), focus="autofocus" if name else ""), status=400 if message else 200)
 
 
 def require_same(password: str | None, again: str | None) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import http.server
 import itertools
+import io
 import json
 import os
 import re
@@ -2956,6 +2957,15 @@ def test_a_proxy_that_does_not_answer_loses_nothing(make_hub, spawner):
     root("DELETE", "/users/ada/server", status=204)
 
 
+def test_a_body_in_chunks_that_is_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(minihub, "SPOOL_LIMIT", 10)
+    environ = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    with minihub.spooled_body({**environ, "wsgi.input": io.BytesIO(b"x" * 10)}) as spool:
+        assert spool.tell() == 10
+    with pytest.raises(minihub.TooLarge):
+        minihub.spooled_body({**environ, "wsgi.input": io.BytesIO(b"x" * 11)})
+
+
 ########################################################################################################
 # 8. The hub's operations
 ########################################################################################################
@@ -3056,7 +3066,8 @@ def test_a_service_knows_people_by_their_tokens(who):
 @needs_singleuser
 def test_a_service_knows_people_after_they_have_signed_in(who):
     with requests.Session() as browser:
-        secret = {"password": "ada ada secret", "again": "ada ada secret"}
+        own_form = re.search('name=_xsrf value="(.*?)"', browser.get(who.link).text)[1]
+        secret = {"password": "ada ada secret", "again": "ada ada secret", "_xsrf": own_form}
         assert browser.post(who.link, secret).url == f"{who.url}/hub/home"
         question = browser.get(f"{who.url}/services/who/")
         assert "/oauth2/authorize" in question.url and "Open this service?" in question.text
@@ -3860,14 +3871,6 @@ def test_a_shutdown_stops_the_services(who):
     pid = service_pid(who)
     assert who.api("POST", "/shutdown", "ops-token")[0] == 202
     wait_for(lambda: minihub.process_identity(pid) is None)
-
-
-def test_a_named_server_and_a_user_of_the_same_letters_are_two_oauth_clients(hub, root, spawner):
-    root("POST", "/users/ada-gpu", status=201)
-    root("POST", "/users/ada/servers/gpu", status=201)
-    root("POST", "/users/ada-gpu/server", status=201)
-    assert [launch.variables["JUPYTERHUB_CLIENT_ID"] for launch in spawner.launches] == [
-        "jupyterhub-user-ada-gpu", "jupyterhub-user-ada%2Dgpu"]
 
 
 def test_a_spawner_that_does_not_say_where_the_server_is_has_failed(hub, root, spawner, monkeypatch):
@@ -5287,6 +5290,19 @@ def test_whose_a_cookie_is_depends_on_its_name(browser, bob):
         404, "No such cookie, or it has expired")
 
 
+def test_an_oauth_token_proves_nothing_to_another_server(hub, root, bob):
+    token = oauth_token(hub, "ada")
+    assert root("GET", f"/authorizations/token/{token}").json["name"] == "ada"
+    assert api_of(hub, "ada")("GET", f"/authorizations/token/{token}").json["name"] == "ada"
+    bob("GET", f"/authorizations/token/{token}", status=404)
+
+
+def test_a_sign_in_link_is_no_cookie(hub, root):
+    with hub.connected():
+        token = hub.link_for(hub.find_user("ada")).rpartition("/")[2]
+    root("GET", f"/authorizations/cookie/minihub-link/{token}", status=404)
+
+
 ########################################################################################################
 # 11. OAuth2 provider
 ########################################################################################################
@@ -6621,6 +6637,13 @@ def test_jupyterlab_works_through_a_real_proxy_that_dies_and_comes_back(live, ch
     ada.keyboard.type("print(x + 1)")
     ada.keyboard.press("Shift+Enter")
     ada.wait_for_selector(".jp-OutputArea-output:has-text('43')")
+
+
+def test_a_link_is_not_used_by_another_sites_form(hub):
+    link = link_of(hub, "ada")
+    page = pages_of(hub).post(link, {"password": "a new password", "again": "a new password"}, status=400)
+    assert "open for too long" in page.text
+    assert submit_password(pages_of(hub), link).headers["Location"] == "/hub/home"
 
 
 ########################################################################################################
