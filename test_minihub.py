@@ -5304,6 +5304,28 @@ def test_a_sign_in_link_is_no_cookie(hub, root):
     root("GET", f"/authorizations/cookie/minihub-link/{token}", status=404)
 
 
+@pytest.mark.parametrize("options", [(), ("-w", "2"), ("--threads", "4")], ids=["sync", "two workers", "threads"])
+def test_progress_is_streamed_while_the_hub_goes_on_answering(live, tmp_path, options):
+    pytest.importorskip("tornado", reason="pip install '.[classroom]'")
+    (tmp_path / "echo.py").write_text(ECHO_SERVER)
+    hub = live(*options, cmd=f"sh -c 'while [ ! -e {tmp_path}/go ]; do sleep 0.1; done; exec {sys.executable} {tmp_path}/echo.py'",
+               slow_spawn_timeout=0)
+    hub.command("link", "ada")
+    token = hub.command("token", "ada")
+    assert hub.api("POST", "/users/ada/server", token)[0] == 202
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", hub.port, timeout=30)) as connection:
+        connection.request("GET", "/hub/api/users/ada/server/progress", headers={"Authorization": f"token {token}"})
+        response = connection.getresponse()
+        assert response.getheader("Content-Type").startswith("text/event-stream")
+        events = (json.loads(line[6:]) for line in response if line.startswith(b"data: "))
+        assert [next(events)["progress"], next(events)["progress"]] == [0, 50]
+        assert hub.request("GET", "/hub/health", timeout=5).status == 200
+        (tmp_path / "go").touch()
+        assert next(events) == {"progress": 100, "ready": True, "message": "Server ready at /user/ada/", "url": "/user/ada/",
+                                "html_message": 'Server ready at <a href="/user/ada/">/user/ada/</a>'}
+        assert not list(events)
+
+
 ########################################################################################################
 # 11. OAuth2 provider
 ########################################################################################################
