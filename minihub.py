@@ -2967,6 +2967,8 @@ class HubCore:
     def _end(self, server, failure):
         """The server is no more: its process, route and credentials go, the row stays, with the reason if it is a bad one."""
         if server.state and self._poll(server) is None:
+            if not self._move(server, server.status):
+                return  # `server` was an old copy of the row: its process may be doing well
             self._ask(server, self.spawner.stop, server.state, now=True, otherwise=None)
         with self.database.atomic():
             if not self._move(server, "stopped", state=None, target=None, failure=storable(failure)):

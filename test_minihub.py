@@ -3878,6 +3878,17 @@ def test_a_spawner_that_does_not_say_where_the_server_is_has_failed(hub, root, s
     assert root("POST", "/users/ada/server", status=500).json["message"].endswith("KeyError: 'target'")
 
 
+def test_an_old_copy_of_a_row_ends_no_server_that_runs(make_hub, spawner):
+    hub = people(make_hub(start_timeout=0))
+    with hub.connected():
+        server = server_of(hub)
+        hub.start(server)
+        old = server_of(hub)
+        assert (hub.observe(server).status, old.status) == ("ready", "spawning")
+        old.target = f"http://127.0.0.1:{minihub.free_port()}"
+        assert hub.observe(old).status == "ready" and len(spawner.running) == 1
+
+
 ########################################################################################################
 # 9. Who is asking
 ########################################################################################################
