@@ -5252,7 +5252,7 @@ def test_whose_a_token_is_can_be_asked_with_any_token(hub, spawner, who):
     model = asking("GET", f"/authorizations/token/{token}").json
     assert model == {**user("ada"), "scopes": Api(hub, token)("GET", "/user").json["scopes"], "session_id": None,
                      "token_id": Like("a[0-9]+")}
-    assert asking("GET", f"/authorizations/token/{oauth_token(hub, 'ada')}").json["name"] == "ada"
+    assert asking("GET", f"/authorizations/token/{oauth_token(hub, 'ada', owner='bob')}").json["name"] == "ada"
     assert activity(hub, "ada")[0] is not None
 
 
@@ -5671,7 +5671,7 @@ def test_signing_in_without_the_forms_token_loses_nothing_but_the_password(hub, 
     pages.get("/hub/login")
     form = {"username": "ada", "password": password_of("ada"), **({} if given is None else {"_xsrf": given})}
     response = pages.post("/hub/login?next=/hub/token", form, status=200)
-    assert alert_of(response) == ["The page was open for too long, or cookies are off. Please sign in again."]
+    assert alert_of(response) == ["This page was open for too long, or cookies are switched off. Please sign in again."]
     assert response.form["username"].value == "ada"
     assert not is_signed_in(pages)
     response.form["password"] = password_of("ada")
