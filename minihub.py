@@ -4641,8 +4641,15 @@ def server_line(req, resp, hub, server, style="") -> Markup:
     """A server, how it is, and the buttons for what can be done to it."""
     return markup('<div class="row {style}"><div><b>{name}</b><span class="state {status}">{words}</span></div>'
                   '<div class=actions>{actions}</div></div>', style=style, name=server.name or whose_server(req, server),
-                  status=server.status, words="failed" if server.failure else STATE_WORDS[server.status],
-                  actions=server_actions(req, resp, hub, server))
+                  status=server.status, words=server_words(hub, server), actions=server_actions(req, resp, hub, server))
+
+
+def server_words(hub, server) -> str:
+    """How a server is, and until when, if the settings end idle or old ones."""
+    stops_at = hub.stop_time(server.started, server.last_activity) if server.status == "ready" else None
+    if stops_at:
+        return f"running; as things stand it will be stopped at {day(isoformat(stops_at))}"
+    return "failed" if server.failure else STATE_WORDS[server.status]
 
 
 def whose_server(req, server) -> str:

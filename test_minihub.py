@@ -6680,6 +6680,16 @@ def test_a_link_is_not_used_by_another_sites_form(hub):
     assert submit_password(pages_of(hub), link).headers["Location"] == "/hub/home"
 
 
+@pytest.mark.parametrize("settings, words", [({}, "running"), (
+    {"idle_timeout": 3600}, "running; as things stand it will be stopped at 2026-01-01 13:00 UTC")])
+def test_home_says_when_an_idle_server_will_be_stopped(make_hub, settings, words):
+    hub = people(make_hub(**settings))
+    ada = api_of(hub, "ada")
+    ada("POST", "/users/ada/server", status=201)
+    ada("POST", "/users/ada/activity", {"servers": {"": {"last_activity": "2026-01-01T12:00:00Z"}}})
+    assert pages_of(hub, "ada").get("/hub/home").html.select_one(".state.ready").text == words
+
+
 ########################################################################################################
 # 13. The WSGI application
 ########################################################################################################
