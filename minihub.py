@@ -2078,9 +2078,10 @@ class HubCore:
     @property
     def database(self) -> pw.Database:
         """This process's database. What was opened before a fork is kept, unused: closing it would hurt the parent."""
-        if os.getpid() not in self._databases:
-            self._databases[os.getpid()] = open_database(self._database_url)
-        return self._databases[os.getpid()]
+        process = os.getpid()
+        if process not in self._databases:
+            self._databases.setdefault(process, open_database(self._database_url))  # of several threads, the first one's
+        return self._databases[process]
 
     @functools.cached_property
     def _database_url(self):

@@ -987,6 +987,25 @@ def test_sqlite_is_set_up_for_several_processes(hub):
     assert pragmas == ["wal", 1, 15000]
 
 
+def test_the_first_threads_after_a_fork_share_one_database(hub, monkeypatch):
+    """Those of a new worker come at the same moment; each was given a database that the next thread's replaced."""
+    both, open_database = threading.Barrier(2), minihub.open_database
+
+    def open_at_once(url):
+        both.wait(10)
+        return open_database(url)
+
+    def use(number):
+        with hub.connected():
+            hub.check_health()
+            return hub.database
+
+    monkeypatch.setattr(minihub, "open_database", open_at_once)
+    hub._databases.clear()  # as a child finds it, which has another process id
+    first, second = in_threads(2, use)
+    assert first is second is hub.database
+
+
 def test_a_database_of_a_newer_minihub_is_refused(make_hub, make_database):
     url = make_database()
     hub = make_hub(database=url)
