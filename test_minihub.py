@@ -553,7 +553,7 @@ class LiveHub:
         """End gunicorn. Servers go on."""
         if self.process and self.process.poll() is None:
             self.process.send_signal(how)
-            self.process.wait(30)
+            self.process.wait(60)  # gunicorn gives a worker that it forked in this moment 30 s before it kills it
 
     def stop_all(self):
         """End gunicorn and whatever it has started."""
