@@ -118,6 +118,7 @@ class Settings:
     env_keep: tuple[str, ...] = ()              # further variables of the hub's that servers inherit
     base_url: str = "/"                         # put before every path, below the mount point if there is one
     public_url: str = ""                        # https://host of the browsers' side, for links that are printed
+    user_url: str = ""                          # https://host or https://{username}.host for users' servers; see Limits
     hub_url: str = ""                           # http://host:port where servers reach the hub; default: its own address
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")  # whose X-Forwarded-* headers are believed
     site_cookies: tuple[str, ...] = SITE_COOKIES  # cookies of the site around the hub, which no user's server is to see
@@ -143,7 +144,7 @@ class Settings:
     cleanup_proxy: bool = True                  # POST /shutdown also stops a proxy that the hub has started
     on_shutdown: Any = None                     # called, without arguments, in place of ending the WSGI server
     on_user_created: Any = None                 # called after the fact with (user_name)
-    on_server_started: Any = None               # called when it is ready with (user_name, server_name, path)
+    on_server_started: Any = None               # called when it is ready with (user_name, server_name, url)
     on_server_stopped: Any = None               # called with (user_name, server_name, why); why is "" if it was asked to
     proxy_idle_timeout: float = 3600            # a proxied connection without a byte for so long is closed, 0 = never
     tick_interval: float = 1                    # pause between two rounds of the ticker, 0 = call hub.tick() yourself
@@ -160,6 +161,12 @@ class Settings:
             value = getattr(self, name)
             _demand(not value or _is_address(value), name, "must look like https://host", value)
             object.__setattr__(self, name, value.rstrip("/"))
+        if self.user_url:
+            _demand(USER_URL.fullmatch(self.user_url), "user_url", "must look like https://host or https://{username}.host",
+                    self.user_url)
+            _demand(self.public_url, "user_url", "needs public_url, where the hub's own pages are", self.user_url)
+            _demand(not any(is_host_of(self.user_url, urlsplit(url).netloc) for url in (self.public_url, self.hub_url)),
+                    "user_url", "must be another host than public_url's and hub_url's", self.user_url)
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
         _demand(self.remote_user_variable and not self.remote_user_variable.upper().startswith("HTTP_"),
@@ -223,6 +230,8 @@ class Settings:
 
 
 SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
+
+USER_URL = re.compile(r"https?://(\{username\}\.)?[A-Za-z0-9.-]+(:[0-9]+)?")
 
 CALLABLES = ("identify", "on_shutdown", "on_user_created", "on_server_started", "on_server_stopped")
 NOT_IN_ENVIRON = ("process_variables", *CALLABLES)  # Python objects
@@ -305,6 +314,14 @@ class SettingError(ValueError):
 def _demand(condition, setting, problem, value):
     if not condition:
         raise SettingError(setting, problem, value)
+
+
+def is_host_of(url: str, host: str) -> bool:
+    """Whether a Host header asks for `url`'s host and port; `{username}` in it stands for anybody's."""
+    scheme, _, place = url.partition("://")
+    usual = ":443" if scheme == "https" else ":80"
+    pattern = re.escape(place.removesuffix(usual)).replace(re.escape("{username}"), "[a-z0-9-]+")
+    return bool(re.fullmatch(f"{pattern}({usual})?", host, re.IGNORECASE))
 
 
 def _is_address(value):
@@ -423,6 +440,12 @@ class SpawnFailed(HubError):
     """500: a server did not start; the message ends with the last lines of its log."""
 
 
+class Misdirected(HubError):
+    """421: users' servers have a host name of their own, and this request has come to the wrong one."""
+
+    status = 421
+
+
 class NotPossible(HubError):
     """501: not with the WSGI host that this hub runs in."""
 
@@ -538,6 +561,11 @@ def folder_name(name: str) -> str:
     if len(plain) <= 100:
         return plain
     return f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def host_label(name: str) -> str:
+    """A name as a part of a host name (RFC 1123); for one that cannot be, a part that is no name's."""
+    return name if re.fullmatch(r"[a-z0-9]{1,63}", name) else f"u-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 ########################################################################################################
@@ -2056,6 +2084,8 @@ class HubCore:
         self.authenticator = _load("authenticator", settings.authenticator, AUTHENTICATORS, Authenticator)
         self.spawner = _load("spawner", settings.spawner, SPAWNERS, Spawner)
         self.proxy = _load("proxy", settings.proxy, PROXIES, Proxy)
+        _demand(not settings.user_url or isinstance(self.proxy, EmbeddedProxy), "user_url", "needs the hub's own proxy",
+                settings.user_url)
         for hook in (self.authenticator, self.spawner, self.proxy):
             hook.settings = settings
         self.proxy.splicer = self.splicer = Splicer(settings.proxy_idle_timeout)
@@ -2151,6 +2181,14 @@ class HubCore:
     def public_link(self, path: str, site: str = "") -> str:
         """A link for people, to `path` below the hub's pages; `site` is https://host where the one who asks sees them."""
         return f"{self.settings.public_url or site or self.mount.address}{self.mount.hub}{path}"
+
+    def users_site(self, user_name: str) -> str:
+        """https://host of a user's servers; '' where they are below the hub's own address."""
+        return self.settings.user_url and self.settings.user_url.replace("{username}", host_label(user_name))
+
+    def url_of(self, user_name: str, server_name: str) -> str:
+        """Where browsers find a server: a path, or a whole URL if servers have a host name of their own."""
+        return self.users_site(user_name) + self.mount.server_prefix(user_name, server_name)
 
     # People
 
@@ -2793,7 +2831,7 @@ class HubCore:
         token, _ = self.create_token(server.user, note, server=server)
         owner = quote(server.user.name).replace("-", "%2D")  # or ada's server gpu would take the place of ada-gpu's
         client_id = f"jupyterhub-user-{owner}" + (f"-{quote(server.name)}" if server.name else "")
-        callback = f"{server.prefix}oauth_callback"
+        callback = f"{self.users_site(server.user.name)}{server.prefix}oauth_callback"
         OAuthClient.create(identifier=client_id, secret=hash_token(token), redirect_uri=callback, description=note,
                            server=server)
         return Launch(server.launch, server.user, server.name, server.user_options, server.prefix, free_port(),
@@ -2805,15 +2843,16 @@ class HubCore:
         base = server.prefix.removesuffix(Mount("", "").server_prefix(user.name, server.name))
         api_url = f"{self.settings.hub_url or self.mount.address}{base}hub/api"
         access = json.dumps([f"access:servers!server={user.name}/{server.name}", f"access:servers!user={user.name}"])
+        public_url, users_site = self.settings.public_url, self.users_site(user.name)
         variables = {
             "JUPYTERHUB_API_TOKEN": token, "JPY_API_TOKEN": token, "JUPYTERHUB_CLIENT_ID": client_id,
-            "JUPYTERHUB_HOST": "", "JUPYTERHUB_OAUTH_CALLBACK_URL": callback, "JUPYTERHUB_USER": user.name,
-            "JUPYTERHUB_SERVER_NAME": server.name, "JUPYTERHUB_API_URL": api_url,
+            "JUPYTERHUB_HOST": users_site and public_url, "JUPYTERHUB_OAUTH_CALLBACK_URL": callback,
+            "JUPYTERHUB_USER": user.name, "JUPYTERHUB_SERVER_NAME": server.name, "JUPYTERHUB_API_URL": api_url,
             "JUPYTERHUB_ACTIVITY_URL": f"{api_url}/users/{quote_name(user.name)}/activity", "JUPYTERHUB_BASE_URL": base,
             "JUPYTERHUB_SERVICE_PREFIX": server.prefix, "JUPYTERHUB_OAUTH_ACCESS_SCOPES": access,
             "JUPYTERHUB_OAUTH_SCOPES": access, "JUPYTERHUB_OAUTH_CLIENT_ALLOWED_SCOPES": "[]",
-            "JUPYTERHUB_PUBLIC_URL": self.settings.public_url and self.settings.public_url + server.prefix,
-            "JUPYTERHUB_PUBLIC_HUB_URL": self.settings.public_url and f"{self.settings.public_url}{base}hub/",
+            "JUPYTERHUB_PUBLIC_URL": public_url and (users_site or public_url) + server.prefix,
+            "JUPYTERHUB_PUBLIC_HUB_URL": public_url and f"{public_url}{base}hub/",
             "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0"}
         return {**variables, "JUPYTERHUB_ADMIN_ACCESS": "1"} if self.settings.admin_access else variables
 
@@ -2905,7 +2944,7 @@ class HubCore:
         if self._move(server, "ready"):
             self.add_route(server)
             log.info("server %s: ready at %s", server.label, server.target)
-            self._tell("on_server_started", server.user.name, server.name, server.prefix)
+            self._tell("on_server_started", server.user.name, server.name, self.users_site(server.user.name) + server.prefix)
 
     def add_route(self, server: Server) -> None:
         """Let the proxy send what is for the server to it; a proxy that does not answer is told by the ticker later."""
@@ -3162,7 +3201,7 @@ class HubCore:
         if server.status == "spawning":
             return None
         if server.status == "ready":
-            url = self.mount.server_prefix(server.user.name, server.name)
+            url = self.url_of(server.user.name, server.name)
             return {"progress": 100, "ready": True, "message": f"Server ready at {url}",
                     "html_message": f'Server ready at <a href="{html.escape(url)}">{html.escape(url)}</a>', "url": url}
         if server.failure:
@@ -3241,7 +3280,7 @@ class HubCore:
         return {**extra, "name": name, "last_activity": isoformat(last_activity), "started": isoformat(started),
                 "pending": PENDING.get(status), "ready": status == "ready",
                 "state": json.loads(state) if show_state and state else None,
-                "url": self.mount.server_prefix(user_name, name),
+                "url": self.url_of(user_name, name),
                 "user_options": json.loads(user_options) if user_options else {},
                 "progress_url": f"{self.mount.hub}api/users/{quoted}/{place}/progress"}
 
@@ -4660,7 +4699,7 @@ def whose_server(req, server) -> str:
 
 def server_actions(req, resp, hub, server) -> list[Markup]:
     """The buttons for a server in its state."""
-    url = req.env["minihub.mount"].server_prefix(server.user.name, server.name)
+    url = hub.url_of(server.user.name, server.name)
     opens = markup('<a class=button href="{url}">Open</a>', url=url)
     watch = markup('<a class=button href="{url}">Watch</a>', url=server_page(req, "spawn-pending", server))
     start, stop, delete = (server_button(req, resp, hub, server, *what) for what in (
@@ -4682,10 +4721,10 @@ def server_page(req, action, server) -> str:
     return hub_path(req, f"{action}/{place}") + (f"?{urlencode({'next': follow})}" if follow else "")
 
 
-def server_url(req, server) -> str:
+def server_url(req, hub, server) -> str:
     """Where a server is opened: the place in it that its visitor is going to, or else its front page."""
-    url, follow = req.env["minihub.mount"].server_prefix(server.user.name, server.name), safe_next(req)
-    return follow if follow.startswith(url) else url
+    path, follow = req.env["minihub.mount"].server_prefix(server.user.name, server.name), safe_next(req)
+    return hub.users_site(server.user.name) + (follow if follow.startswith(path) else path)
 
 
 def show_server(req, resp, hub, server, status=200) -> None:
@@ -4721,7 +4760,7 @@ class SpawnPage(Resource):
         resp.status, resp.location = 303, self._place(req, server)
 
     def _place(self, req, server):
-        return server_url(req, server) if server.status == "ready" else server_page(req, "spawn-pending", server)
+        return server_url(req, self.hub, server) if server.status == "ready" else server_page(req, "spawn-pending", server)
 
 
 class SpawnPendingPage(Resource):
@@ -4732,7 +4771,7 @@ class SpawnPendingPage(Resource):
         """Into the server when it is ready; why not, if it has failed. Without JavaScript it reloads itself."""
         server = self.hub.observe(self.hub.find_server(req.context.owner, server_name))
         if server.status == "ready":
-            resp.status, resp.location = 302, server_url(req, server)
+            resp.status, resp.location = 302, server_url(req, self.hub, server)
         elif server.status != "spawning":
             show_server(req, resp, self.hub, server)
         else:
@@ -4740,7 +4779,7 @@ class SpawnPendingPage(Resource):
             show(req, resp, self.hub, f"{whose_server(req, server)} is starting", markup(
                 '<section class=card id=progress data-events="{events}" data-next="{target}">'
                 '<p>This takes a few seconds. The server opens here as soon as it is ready.</p>'
-                '<progress aria-label="starting"></progress>{cancel}</section>', target=server_url(req, server),
+                '<progress aria-label="starting"></progress>{cancel}</section>', target=server_url(req, self.hub, server),
                 cancel=server_button(req, resp, self.hub, server, "stop", "Cancel", "quiet"),
                 events=hub_path(req, f"api/users/{quote_name(server.user.name)}/{place}/progress")),
                 script=PROGRESS_SCRIPT)
@@ -4882,8 +4921,8 @@ class UserUrlPage(Resource):
         """Open: programs are told that nothing runs there; people go on to the hub, which knows who they are."""
         name, _, path = rest.partition("/")
         if is_for_programs(req, path):
-            raise Unavailable(f"JupyterHub server no longer running at {req.env['minihub.mount'].base}user/{rest}."
-                              f" Restart the server at {hub_path(req, f'spawn/{quote_name(name)}')}")
+            raise Unavailable(f"JupyterHub server no longer running at {req.env['minihub.mount'].base}user/{rest}. Restart the"
+                              f" server at {self.hub.settings.public_url}{hub_path(req, f'spawn/{quote_name(name)}')}")
         place = hub_path(req, "user/") + request_target(req.env).removeprefix(req.env["minihub.mount"].base + "user/")
         resp.status, resp.location = 302, place
 
@@ -4895,12 +4934,12 @@ class UserUrlPage(Resource):
         own = self.hub.authenticator.normalize(name) == user.name
         here = mount.base + request_target(req.env).removeprefix(mount.hub)
         if not own and not user.admin:
-            resp.status, resp.location = 302, f"{mount.server_prefix(user.name, '')}{quote(path)}"
+            resp.status, resp.location = 302, f"{self.hub.url_of(user.name, '')}{quote(path)}"
             return
         server = self._server(self.hub.find_user(name), path)
         if server.status == "ready":
             self.hub.add_route(server)  # or this could go round for ever
-            resp.status, resp.location = 302, here
+            resp.status, resp.location = 302, self.hub.users_site(server.user.name) + here
         elif is_for_programs(req, path):
             raise Unavailable(f"JupyterHub server no longer running at {here}")
         else:
@@ -4925,9 +4964,8 @@ class UserRedirectPage(Resource):
     @falcon.before(needs_login)
     def on_get(self, req, resp, rest=""):
         """To the same path on one's own server."""
-        prefix = req.env["minihub.mount"].server_prefix(req.context.user.name, "")
-        resp.status = 302
-        resp.location = prefix + request_target(req.env).removeprefix(hub_path(req, "user-redirect/"))
+        place = request_target(req.env).removeprefix(hub_path(req, "user-redirect/"))
+        resp.status, resp.location = 302, self.hub.url_of(req.context.user.name, "") + place
 
 
 class HealthPage(Resource):
@@ -5068,6 +5106,8 @@ class Hub(HubCore):
                     return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
+                if misplaced := self.settings.user_url and self._misplaced(environ):
+                    return self._falcon({**environ, "minihub.error": misplaced}, start_response)
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])
                 if route is None:
                     return self._falcon(environ, start_response)
@@ -5112,6 +5152,8 @@ class Hub(HubCore):
 
     def _is_mine(self, environ):
         path = environ.get("PATH_INFO", "")
+        if self.settings.user_url and is_host_of(self.settings.user_url, Client.of(environ, self.settings.trusted_proxies).host):
+            return True  # the site's pages are not to be had where students' are
         above, kind, below = path.partition(self._base_in_wsgi)
         return not above and bool(kind) and below.partition("/")[0] in ("hub", "user", "services")
 
@@ -5121,6 +5163,20 @@ class Hub(HubCore):
         return self.settings.base_url.encode().decode("latin-1")
 
     # Requests for servers
+
+    def _misplaced(self, environ):
+        """What to answer where servers have a host name of their own and this is not the one for the path, or None."""
+        host, (_, kind, name, *_) = environ["minihub.client"].host, f"{environ['PATH_INFO']}//".split("/")
+        if kind == "user" and name:
+            right = self.users_site(self.authenticator.normalize(name.encode("latin-1").decode("utf-8", "replace")))
+        else:
+            right = self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
+        if not right or is_host_of(right, host):
+            return None
+        place = right + request_target(environ)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or is_websocket(environ):
+            return Misdirected(f"This is to be found at {place} only")
+        return falcon.HTTPFound(place)
 
     def _find_route(self, mount, path):
         """Target and data of the longest route above the path, or None. A named server's lies below the default one's."""
@@ -5252,7 +5308,7 @@ class Hub(HubCore):
     # For the site that the hub is mounted in: these work anywhere, also where there is no request
 
     def start_server(self, name: str, server_name: str = "", options: dict[str, Any] | None = None) -> str:
-        """Start a user's server and return its path at once; `on_server_started` tells when it is ready.
+        """Start a user's server and return its `url_of` at once; `on_server_started` tells when it is ready.
 
         Without `options` it gets those of its last start. One that is starting goes on. Raises NotFound for an unknown
         user, BadRequest if it runs or is stopping, TooMany at a limit. Where the hub is mounted it learns from its first
@@ -5261,7 +5317,7 @@ class Hub(HubCore):
         with self.connected():
             server = self.find_or_create_server(self.find_user(name), server_name)
             self.start(server, options, keep_options=options is None)
-            return server.prefix
+            return self.users_site(server.user.name) + server.prefix
 
     def stop_server(self, name: str, server_name: str = "") -> None:
         """Stop a user's server, without waiting; `on_server_stopped` tells when it has ended. Raises NotFound."""

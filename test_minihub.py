@@ -675,6 +675,29 @@ def test_a_setting_that_cannot_be_right_is_refused(make_hub, setting, value):
     assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("settings", "problem"), [
+    *[({"user_url": url}, "must look like https://host or https://{username}.host") for url in (
+        "nb.example", "https://nb.example/a", "https://{name}.example", "https://nb.{username}", "ftp://nb.example")],
+    ({"user_url": "https://nb.example", "public_url": ""}, "needs public_url"),
+    ({"user_url": "https://hub.example"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "https://{username}.example:443"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "http://10.0.0.1:80", "hub_url": "http://10.0.0.1"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "https://nb.example", "proxy": "chp"}, "needs the hub's own proxy")])
+def test_a_host_for_servers_that_cannot_be_theirs_stops_the_hub(make_hub, settings, problem):
+    with pytest.raises(minihub.SettingError, match=f"^Setting user_url .* {re.escape(problem)}"):
+        make_hub(**{"public_url": "https://hub.example", **settings})
+
+
+@pytest.mark.parametrize(("url", "host", "is_it"), [
+    ("https://nb.example", "nb.example", True), ("https://nb.example", "NB.example:443", True), ("https://nb.example:443", "nb.example", True),
+    ("http://nb.example", "nb.example:80", True), ("https://nb.example:8443", "nb.example:8443", True), ("https://nb.example", "nb.example:80", False),
+    ("https://nb.example", "nbxexample", False), ("https://nb.example", "a.nb.example", False), ("https://nb.example", "nb.example.", False),
+    ("https://nb.example:8443", "nb.example", False), ("https://{username}.nb.example", "ada.nb.example", True), ("https://nb.example", "", False),
+    ("https://{username}.nb.example", "nb.example", False), ("https://{username}.nb.example", "a.b.nb.example", False)])
+def test_a_host_header_asks_for_an_address_or_does_not(url, host, is_it):
+    assert minihub.is_host_of(url, host) is is_it
+
+
 def test_a_file_that_is_no_database_is_refused(make_hub, tmp_path):
     (tmp_path / "hub.sqlite").write_text("Once upon a time" * 100)
     with pytest.raises(minihub.SettingError, match=r"Setting database .* \(file is not a database\), not 'sqlite:///.*'"):
@@ -963,6 +986,18 @@ def test_every_name_has_a_folder_of_its_own(tmp_path):
         (tmp_path / folder).mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(folders)
     assert not [folder for folder in folders if folder.startswith(".")]
+
+
+@pytest.mark.parametrize(("name", "label"), [
+    ("ada", "ada"), ("9", "9"), ("x" * 63, "x" * 63), ("x" * 64, Like("u-[0-9a-f]{16}")), ("Ada", Like("u-[0-9a-f]{16}")),
+    ("ada-b", Like("u-[0-9a-f]{16}")), ("a.b", Like("u-[0-9a-f]{16}")), ("é", Like("u-[0-9a-f]{16}")), ("ada\n", Like("u-[0-9a-f]{16}"))])
+def test_a_name_has_a_label_in_host_names(name, label):
+    assert minihub.host_label(name) == label == minihub.host_label(name)
+
+
+def test_no_two_names_have_one_label():
+    names = [*ODD_NAMES, "ada", "Ada", "u-ada", minihub.host_label("Ada")]
+    assert len({minihub.host_label(name) for name in names}) == len(names)
 
 
 ########################################################################################################
@@ -6554,6 +6589,35 @@ def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
     assert ada.inner_text("h1") == "Sign in"
 
 
+@needs_singleuser
+def test_a_class_works_in_jupyterlab_on_host_names_of_its_own(live, chromium):
+    """The students' servers are where nothing of the hub's is; browsers find every `.localhost` on this machine."""
+    port = minihub.free_port()
+    places = {"public_url": f"http://localhost:{port}", "user_url": f"http://{{username}}.localhost:{port}"}
+    hub = live("--bind", f"127.0.0.1:{port}", **places)
+    hub.url = places["public_url"]
+    teacher = first_admin(hub, chromium())
+    ada, = students(hub, teacher, chromium, "ada")
+    server = f"http://ada.localhost:{port}/user/ada/lab"
+
+    start_lab(ada)
+    assert ada.url == server
+    assert run_cell(ada, "print(6*7)") == "42"
+    assert {cookie["domain"] for cookie in ada.context.cookies() if cookie["name"].startswith("jupyterhub-hub")} == {"localhost"}
+
+    teacher.goto(f"{hub.url}/user/ada/lab")
+    assert urlsplit(teacher.url).netloc == f"localhost:{port}"
+    teacher.click("button:has-text('Open it')")
+    teacher.wait_for_selector(".jp-LabShell")
+    assert teacher.url == server
+
+    ada.goto(f"{hub.url}/hub/home")
+    ada.click("text=Stop")
+    ada.wait_for_selector("text=not running")
+    teacher.goto(server)
+    assert (teacher.url, teacher.inner_text("h1")) == (f"{hub.url}/hub/user/ada/lab", "ada's server is not running")
+
+
 @pytest.fixture
 def live_site(tmp_path):
     """Starts a site with a hub below /lab, in a gunicorn with one sync worker: `live_site("school:site")`."""
@@ -6797,6 +6861,82 @@ def mounted(hub, prefix):
         return hub({**environ, "SCRIPT_NAME": prefix, "PATH_INFO": environ["PATH_INFO"][len(prefix):]}, start_response)
 
     return webtest.TestApp(site, extra_environ={"REMOTE_ADDR": "127.0.0.1"}, lint=True)
+
+
+TWO_HOSTS = {"public_url": "https://hub.example", "user_url": "https://{username}.nb.example"}
+
+
+@pytest.fixture
+def on_two_hosts(make_hub):
+    """A hub whose servers have host names of their own; `.at(host, name)` is a browser that asks for that host."""
+    hub = people(make_hub(**TWO_HOSTS))
+    hub.at = lambda host, name=None, **environ: pages_of(hub, name, HTTP_HOST=host, **{"wsgi.url_scheme": "https"}, **environ)
+    return hub
+
+
+@pytest.mark.parametrize(("host", "path", "place"), [
+    ("hub.example", "/user/ada/lab?a=b%2F", "https://ada.nb.example/user/ada/lab?a=b%2F"), ("127.0.0.1:8000", "/user/ada/", "https://ada.nb.example/user/ada/"),
+    ("bob.nb.example", "/user/ada/", "https://ada.nb.example/user/ada/"), ("nb.example", "/user/Ada/", "https://ada.nb.example/user/Ada/"),
+    ("hub.example", "/user/a.b/", f"https://{minihub.host_label('a.b')}.nb.example/user/a.b/"),
+    ("ada.nb.example", "/hub/login", "https://hub.example/hub/login"), ("ADA.nb.example:443", "/", "https://hub.example/"),
+    ("ada.nb.example", "/hub/api/user", "https://hub.example/hub/api/user"), ("ada.nb.example", "/user/", "https://hub.example/user/"),
+    ("ada.nb.example", "/services/x/", "https://hub.example/services/x/"), ("ada.nb.example", "/user/ada", None), ("hub.example", "/hub/login", None),
+    ("127.0.0.1:8000", "/hub/api/", None), ("nb.example", "/hub/login", None)])
+def test_where_servers_have_a_host_each_page_has_its_own(on_two_hosts, host, path, place):
+    answer = on_two_hosts.at(host).get(path, status="*")
+    assert (answer.location if (answer.location or "").startswith("https:") else None) == place
+    assert place is None or answer.status_int == 302
+
+
+@pytest.mark.parametrize(("host", "path", "method", "environ"), [
+    ("ada.nb.example", "/hub/login", "POST", {}), ("hub.example", "/user/ada/api/contents", "DELETE", {}),
+    ("hub.example", "/user/ada/api/kernels/1/channels", "GET", {"HTTP_UPGRADE": "websocket", "HTTP_CONNECTION": "Upgrade"})])
+def test_what_cannot_be_sent_to_the_right_host_is_told_of_it(on_two_hosts, host, path, method, environ):
+    answer = on_two_hosts.at(host, **environ).request(path, method=method, headers={"Host": host}, status=421)
+    right = {"ada.nb.example": "hub.example", "hub.example": "ada.nb.example"}[host]
+    assert f"This is to be found at https://{right}{path} only" in answer.text
+
+
+def test_a_server_with_a_host_of_its_own_is_told_so(make_hub, spawner):
+    hub = people(make_hub(**TWO_HOSTS, base_url="/lab/"))
+    assert hub.start_server("ada", "gpu") == "https://ada.nb.example/lab/user/ada/gpu/"
+    variables = spawner.launches[0].variables
+    assert {name: variables[f"JUPYTERHUB_{name}"] for name in ("HOST", "OAUTH_CALLBACK_URL", "PUBLIC_URL", "PUBLIC_HUB_URL", "SERVICE_PREFIX")} == {
+        "HOST": "https://hub.example", "OAUTH_CALLBACK_URL": "https://ada.nb.example/lab/user/ada/gpu/oauth_callback",
+        "PUBLIC_URL": "https://ada.nb.example/lab/user/ada/gpu/", "PUBLIC_HUB_URL": "https://hub.example/lab/hub/",
+        "SERVICE_PREFIX": "/lab/user/ada/gpu/"}
+
+
+def test_pages_and_the_api_lead_to_the_servers_host(on_two_hosts, spawner):
+    address, ada = "https://ada.nb.example/user/ada/", on_two_hosts.at("hub.example", "ada")
+    api = Api(on_two_hosts, token_for(on_two_hosts, "ada"))
+    api("POST", "/users/ada/server", status=201)
+    model = api("GET", "/users/ada").json
+    assert (model["server"], model["servers"][""]["url"]) == (address, address)
+    assert f'"url": "{address}"' in api("GET", "/users/ada/server/progress").text
+    assert ada.get("/hub/home").html.find("a", string="Open")["href"] == address
+    assert ada.get("/hub/spawn/ada", status=302).location == address
+    assert ada.get("/hub/spawn/ada?next=/user/ada/tree", status=302).location == f"{address}tree"
+    assert ada.get("/hub/spawn/ada?next=/user/bob/tree", status=302).location == address
+    assert ada.get("/hub/user-redirect/tree?a=b", status=302).location == f"{address}tree?a=b"
+    assert ada.get("/hub/user/ada/tree?a=b", status=302).location == f"{address}tree?a=b"
+    assert ada.get("/hub/user/bob/tree", status=302).location == f"{address}tree"
+
+
+def test_programs_learn_that_a_server_with_a_host_of_its_own_does_not_run(on_two_hosts):
+    answer = on_two_hosts.at("ada.nb.example").get("/user/ada/api/status", status=503)
+    assert answer.json == error(503, "JupyterHub server no longer running at /user/ada/api/status. Restart the server at"
+                                     " https://hub.example/hub/spawn/ada")
+
+
+def test_on_the_servers_host_there_is_nothing_of_the_site_around_the_hub(make_hub):
+    def site(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"the site"]
+
+    application = webtest.TestApp(make_hub(**TWO_HOSTS, base_url="/lab/").wrap(site))
+    assert application.get("/grades", headers={"Host": "hub.example"}).text == "the site"
+    assert application.get("/grades", headers={"Host": "ada.nb.example"}, status=302).location == "https://hub.example/grades"
 
 
 @pytest.fixture(params=[("mounted", "/lab"), ("base_url", "/lab"), ("mounted", "/a/b"), ("base_url", "/a/b"),
