@@ -42,6 +42,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -1254,6 +1255,7 @@ NEEDLESSLY_ENCODED = re.compile(r"%(?:[46][1-9A-Fa-f]|[57][0-9Aa]|3[0-9]|2[Dd]|5
 HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
 SPOOL_LIMIT = 2 ** 30   # bytes of a body that comes in chunks, and so has to be put on the disk
+FILES_ENOUGH = 65536    # open files and sockets, for a process that is let have even more
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
 
 #: RFC 9110, 7.6.1: these speak of one connection, so they are not passed on.
@@ -1518,6 +1520,11 @@ class Splicer:
         self._thread: threading.Thread | None = None
         self._tasks: dict[asyncio.Task, Connection] = {}
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the process may need the sockets it can still open for other things than connections, of two each."""
+        return 2 * len(self._tasks) >= 0.8 * resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
     def carry(self, connection: Connection) -> None:
         """Run the connection to its end."""
         self._running_loop().call_soon_threadsafe(self._start, connection)
@@ -1527,6 +1534,7 @@ class Splicer:
         with self._lock:
             if self._loop is None or self._owner != os.getpid():
                 self._loop, self._owner, self._tasks = asyncio.new_event_loop(), os.getpid(), {}
+                open_files_wide()
                 self._thread = threading.Thread(target=self._run, args=(self._loop,), name="minihub-splicer", daemon=True)
                 self._thread.start()
             return self._loop
@@ -1572,6 +1580,13 @@ class Splicer:
             if time.monotonic() - connection.last_byte > self.idle_timeout:
                 task.cancel()
         asyncio.get_running_loop().call_later(self._sweep_interval, self._close_idle)
+
+
+def open_files_wide() -> None:
+    """Let this process have as many files and sockets open as it may: the usual 1,024 are some 400 connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, FILES_ENOUGH)), hard))
 
 
 class Connection:
@@ -1871,6 +1886,9 @@ class EmbeddedProxy(Proxy):
                 return stream_through(environ, start_response, exchange, self.settings.proxy_idle_timeout)
             except (OSError, ValueError):
                 raise Unavailable("The server does not answer") from None
+        if self.splicer.is_full:
+            raise Unavailable("The hub has as many connections as it can carry. Close some notebooks, or raise the limit of open"
+                              " files (ulimit -n) of the hub's process", retry_after=5)
         handover = Handover(environ, number)
         self.splicer.carry(Forward(handover.client, exchange.after(handover.buffered(exchange.body_left))))
         return handover.respond(start_response)
@@ -2669,13 +2687,20 @@ class HubCore:
     def note_use(self, identity: Identity) -> None:
         """Note that a token was used by its owner; what a server does by itself with its token does not count."""
         if identity.server_id is None:
-            self.note_activity(Token, identity.token_id, identity.token_last_activity)
+            self._note_in_passing(Token, identity.token_id, identity.token_last_activity)
             if identity.kind == "user":
-                self.note_activity(User, identity.user_id, identity.last_activity)
+                self._note_in_passing(User, identity.user_id, identity.last_activity)
 
     def note_visit(self, user: User) -> None:
         """Note that a user was here in person."""
-        self.note_activity(User, user.id, user.last_activity)
+        self._note_in_passing(User, user.id, user.last_activity)
+
+    def _note_in_passing(self, model, row_id, before):
+        """Note an activity if that can be done: while the disk is full, what only reads goes on."""
+        try:
+            self.note_activity(model, row_id, before)
+        except DatabaseTrouble as error:
+            log.error("the database does not take notes: %s", error)
 
     def note_activity(self, model: type[Row], row_id: int, before: datetime | None, at: datetime | None = None) -> None:
         """Note that a token, user or server was used at `at` (default: now), unless the last note is recent or later."""
@@ -3338,12 +3363,20 @@ class HubCore:
     def _take_lease(self, job, seconds):
         """Whether this hub may do the job for so long: nobody else has it, or their time is over."""
         expires = now() + timedelta(seconds=seconds)
-        holder = f"{self._holder}-{os.getpid()}"  # the children of a fork are others
-        mine_or_over = (Lease.job == job) & ((Lease.holder == holder) | (Lease.expires < now()))
-        if Lease.update(holder=holder, expires=expires).where(mine_or_over).execute():
+        mine_or_over = (Lease.job == job) & ((Lease.holder == self._process) | (Lease.expires < now()))
+        if Lease.update(holder=self._process, expires=expires).where(mine_or_over).execute():
             return True
-        return bool(Lease.insert(job=job, holder=holder, expires=expires)
+        return bool(Lease.insert(job=job, holder=self._process, expires=expires)
                     .on_conflict_ignore().as_rowcount().execute())
+
+    def _end_lease(self, job):
+        """Leave the job to whoever is next."""
+        Lease.delete().where((Lease.job == job) & (Lease.holder == self._process)).execute()
+
+    @property
+    def _process(self):
+        """This hub in this process: the children of a fork are others."""
+        return f"{self._holder}-{os.getpid()}"
 
     def _purge(self):
         Token.delete().where(Token.expires_at <= now()).execute()
@@ -3947,7 +3980,7 @@ class ProgressResource(Resource):
         events = [last] if last else PROGRESS_SO_FAR
         resp.content_type, resp.cache_control = "text/event-stream", ["no-cache"]
         number = client_socket_number(req.env)
-        if last or number is None:
+        if last or number is None or self.hub.splicer.is_full:
             # Whoever asks with an EventSource comes again in a second.
             resp.text = "".join(map(sse, events)) + ("" if last else "retry: 1000\n\n")
             return
@@ -5348,6 +5381,8 @@ class Hub(HubCore):
                 self._ticking.set()
             self._ticking, self._ticker_owner = None, 0
         self.splicer.close()
+        with contextlib.suppress(DatabaseTrouble), self.connected():
+            self._end_lease("ticker")
         self.disconnect()
         self._remove_database()
 

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -2663,6 +2664,35 @@ def test_500_connections_that_are_abandoned_leave_nothing_behind(carried, script
     wait_for(lambda: files_of(worker) <= files, message=f"there were {files} files, now {files_of(worker)}")
     assert memory_of(worker) - memory < 30 * MEGABYTE
     assert carried.workers() == [worker] and open_sockets(carried) == 0
+
+
+def test_a_worker_that_may_open_no_more_sockets_says_so_and_carries_on(tmp_path):
+    websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
+    with carrying(tmp_path, "--timeout", "5") as hub, contextlib.ExitStack() as opened:
+        worker, = hub.workers()
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (100, 100))
+        with pytest.raises(websocket.WebSocketBadStatusException) as refused:
+            for _ in range(100):
+                opened.enter_context(contextlib.closing(websocket_to(hub)))
+        assert refused.value.status_code == 503 and refused.value.resp_headers["retry-after"] == "5"
+        assert json.loads(refused.value.resp_body)["message"].startswith("The hub has as many connections as it can carry.")
+        assert hub.request("GET", "/hub/health").status == 200 and hub.workers() == [worker]
+        opened.close()
+        wait_for(lambda: hub.request("GET", "/user/ada/api").status == 200)
+
+
+def test_the_splicer_lets_its_process_open_all_the_files_it_may(tmp_path):
+    told = run_python("""
+import resource, socket, minihub
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
+splicer = minihub.Splicer(0)
+near, far = socket.socketpair()
+far.close()
+splicer.carry(minihub.ProgressStream(near, None, None))
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+splicer.close()
+""", tmp_path)
+    assert told == "(512, 512)"
 
 
 @pytest.fixture(scope="module")
@@ -7632,6 +7662,21 @@ def test_a_locked_database_is_said_and_got_over(hub, root):
     root("POST", "/users/eve", status=201)
 
 
+@pytest.mark.database("sqlite")
+def test_a_database_that_takes_no_notes_can_still_be_read(hub, root, pass_time, caplog):
+    root("GET", "/user")
+    pass_time(60)  # or the last note is good enough
+    with hub.connected():
+        hub.database.execute_sql("PRAGMA query_only = 1")
+    try:
+        assert root("GET", "/user").json["name"] == "root"
+        assert root("POST", "/users/eve", status=503).json == error(503, minihub.NO_DATABASE)
+    finally:
+        with hub.connected():
+            hub.database.execute_sql("PRAGMA query_only = 0")
+    assert "the database does not take notes: attempt to write a readonly database" in caplog.text
+
+
 @pytest.fixture
 def real(make_hub, tmp_path):
     """A hub whose servers are real processes, mock servers; nothing of them is left afterwards."""
@@ -7975,6 +8020,16 @@ def test_a_hub_that_is_closed_can_be_used_again(make_hub, tmp_path):
         assert hub._ticking is not None
         hub.close()
         hub.close()
+
+
+def test_a_hub_that_is_closed_leaves_the_ticking_to_others_at_once(make_hub, make_database):
+    url = make_database()
+    one, other = make_hub(database=url), make_hub(database=url)
+    assert (one.tick(), other.tick()) == (True, False)
+    other.close()
+    assert one.tick()
+    one.close()
+    assert other.tick()
 
 
 def test_a_hub_that_was_never_used_can_be_closed(make_hub):
