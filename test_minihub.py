@@ -4128,10 +4128,10 @@ def example_path(pattern):
 
 def responders():
     """Every path of the route table with every method it answers."""
-    for pattern, resource, suffix in minihub.ROUTES:
+    for pattern, kind, suffix in minihub.ROUTES:
         for method in ("GET", "POST", "PATCH", "PUT", "DELETE"):
             name = f"on_{method.lower()}" + (f"_{suffix}" if suffix else "")
-            if hasattr(resource, name):
+            if hasattr(kind, name):
                 yield method, pattern
 
 
