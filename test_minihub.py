@@ -7414,9 +7414,10 @@ def discrepancies(hub):
     return {what: wrong for what, wrong in found.items() if wrong}
 
 
-def test_in_chaos_nothing_is_lost(live, tmp_path):
-    seconds = float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10))
-    hub = start_mocked(live, tmp_path, "-w", "4", start_timeout=20)
+@pytest.mark.parametrize(("options", "share"), [("-w 4", 1), ("-w 2 --threads 4 --preload", 1 / 2)])
+def test_in_chaos_nothing_is_lost(live, tmp_path, options, share):
+    seconds = float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10)) * share
+    hub = start_mocked(live, tmp_path, *options.split(), start_timeout=20)
     hub.start_server("ada", hub.token)
     kept, over, answers, random = pid_of(hub), threading.Event(), [], Random(4)
     clients = [threading.Thread(target=chaos, args=(hub, Random(number), over, answers)) for number in range(6)]
