@@ -5161,8 +5161,8 @@ class Hub(HubCore):
         client = Client.of(environ, self.settings.trusted_proxies)
         script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO") or "/"
         above = self._base_in_wsgi.rstrip("/")
-        if path.startswith(above + "/"):
-            script, path = script + above, path[len(above):]
+        if f"{path}/".startswith(f"{above}/"):
+            script, path = script + above, path[len(above):] or "/"
         base = quote(script.encode("latin-1"), safe="/@~") + "/"
         address = self.settings.hub_url or self._own_address(environ)
         return {**environ, "SCRIPT_NAME": script, "PATH_INFO": path, "minihub.client": client,

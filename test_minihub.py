@@ -7023,6 +7023,11 @@ def test_a_hub_below_a_path_sends_clients_there_for_the_next_page(below):
     assert response.json["_pagination"]["next"]["url"] == f"http://localhost:80{path}/hub/api/users?limit=1&offset=1"
 
 
+def test_the_prefix_without_its_slash_leads_to_the_hub(below):
+    hub, site, path = below
+    assert site.get(path, status=302).location == f"{path}/hub/"
+
+
 def test_links_made_before_the_first_request_lead_below_the_base_url(make_hub):
     hub = people(make_hub(base_url="/\u00fcben/", public_url="https://school.example"))
     with hub.connected():
