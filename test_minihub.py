@@ -7817,98 +7817,171 @@ def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(make_hub, s
             assert hub._own_address(environ) == address
 
 
-NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
 OPENSSL = shutil.which("openssl")
 
-#: What a whole configuration needs besides the README's part.
-NGINX_CONF = """
-{user}
-daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
+#: What starts each web server, what installs it, and what a whole configuration needs besides the README's part.
+WEB_SERVERS = {
+    "nginx": ("nginx -p {folder} -c {folder}/conf -e {folder}/log", "apt-get install nginx", """
+{if_root} user root;
+daemon off; pid {folder}/pid; error_log {folder}/log;
 events {{}}
 http {{
     access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
     {readme}
 }}
-"""
+"""),
+    "apache": ("apache2 -D FOREGROUND -d {folder} -f {folder}/conf", "apt-get install apache2", """
+{if_root} User www-data
+{if_root} Group www-data
+PidFile {folder}/pid
+DefaultRuntimeDir {folder}
+Mutex pthread
+ErrorLog {folder}/log
+ServerName localhost
+Listen 127.0.0.1:{port}
+{modules}
+{readme}
+"""),
+    "caddy": ("caddy run --adapter caddyfile --config {folder}/conf", "pip install '.[test]'", """
+{{
+    admin off
+    auto_https disable_redirects
+    default_bind 127.0.0.1
+    skip_install_trust
+}}
+{readme}
+"""),
+}
 
 
 @pytest.fixture(scope="module")
-def behind_nginx(tmp_path_factory):
-    """A gunicorn with ada's echo server behind a real nginx, as the README has it; `.url` is where browsers are."""
-    if not NGINX or not OPENSSL:
-        pytest.skip("apt-get install nginx openssl")
-    folder = tmp_path_factory.mktemp("nginx")
-    port, words = minihub.free_port(), "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+def below_lab(tmp_path_factory):
+    """A gunicorn with ada's echo server, below /lab; `.tls` is where a certificate and its key are, but for .pem and .key."""
+    if not OPENSSL:
+        pytest.skip("apt-get install openssl")
+    folder = tmp_path_factory.mktemp("lab")
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     subprocess.run([OPENSSL, *words.split(), "-keyout", folder / "tls.key", "-out", folder / "tls.pem"], check=True, capture_output=True)
     hub = LiveHub(folder, authenticator="dummy", password=PASSWORD, base_url="/lab/", cmd=f"{sys.executable} {folder / 'echo.py'}")
-    hub.prefix = "/lab"
+    hub.prefix, hub.tls = "/lab", str(folder / "tls")
     (folder / "echo.py").write_text(ECHO_SERVER)
-    readme = readme_text("proxy_pass", "nginx")
-    for old, new in (("listen 443", f"listen 127.0.0.1:{port}"), ("school.example;", "localhost;"), ("127.0.0.1:8000", f"127.0.0.1:{hub.port}"),
-                     ("/etc/ssl/school.example", str(folder / "tls"))):
-        assert old in readme
-        readme = readme.replace(old, new)
-    user = "user root;" if os.geteuid() == 0 else ""
-    (folder / "nginx.conf").write_text(NGINX_CONF.format(user=user, folder=folder, readme=readme))
-    nginx = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     try:
         hub.start()
-        wait_for(lambda: is_open(port), message="nginx did not start")
-        hub.public, hub.certificate = f"https://localhost:{port}", str(folder / "tls.pem")
+        hub.command("link", "ada")
+        hub.start_server("ada", hub.command("token", "ada"))
         yield hub
     finally:
-        nginx.terminate()
-        nginx.wait(30)
         hub.stop_all()
 
 
+@pytest.fixture(scope="module", params=WEB_SERVERS)
+def behind_a_web_server(request, below_lab, tmp_path_factory):
+    """Where browsers find the hub behind a real web server, which does as the README has it."""
+    command, install, conf = WEB_SERVERS[request.param]
+    words = command.split()
+    folders = [Path(sys.executable).parent, os.environ.get("PATH", os.defpath), "/usr/sbin"]
+    words[0] = shutil.which(words[0], path=os.pathsep.join(map(str, folders)))
+    if not words[0]:
+        pytest.skip(install)
+    folder, port, readme = tmp_path_factory.mktemp(request.param), minihub.free_port(), readme_text("school.example", request.param)
+    for old, new in (("listen 443", f"listen 127.0.0.1:{port}"), ("*:443", f"127.0.0.1:{port}"), ("school.example {", f"localhost:{port} {{"),
+                     ("/etc/ssl/school.example", below_lab.tls), ("school.example", "localhost"),
+                     ("127.0.0.1:8000", f"127.0.0.1:{below_lab.port}")):
+        readme = readme.replace(old, new)
+    names = ["mpm_event", "authz_core", "proxy", *"".join(re.findall("a2enmod (.*)", readme)).split()]
+    modules = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in names)
+    (folder / "conf").write_text(conf.format(if_root="" if os.geteuid() == 0 else "#", folder=folder, port=port, modules=modules, readme=readme))
+    with open(folder / "output", "wb") as output:
+        web_server = subprocess.Popen([word.format(folder=folder) for word in words], stdout=output, stderr=output, start_new_session=True,
+                                      env={**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
+    try:
+        wait_for(lambda: is_open(port) or web_server.poll() is not None)
+        assert is_open(port), (folder / "output").read_text()
+        yield f"https://localhost:{port}/lab"
+    finally:
+        os.killpg(web_server.pid, signal.SIGKILL)  # Apache would wait for streams that nobody reads any more
+        web_server.wait(30)
+
+
 @pytest.fixture
-def nginx_browser(behind_nginx):
-    """A browser behind nginx in which ada has signed in, and the responses on the way there."""
+def tls_browser(below_lab):
+    """A browser that believes in the certificate."""
     with requests.Session() as browser:
-        browser.verify, browser.trust_env = behind_nginx.certificate, False
-        page = browser.get(f"{behind_nginx.public}/lab/hub/home")
-        xsrf = re.search(r'name=_xsrf value="(\w+)"', page.text)[1]
-        signed_in = browser.post(page.url, {"username": "ada", "password": PASSWORD, "_xsrf": xsrf})
-        browser.trail = [*page.history, page, *signed_in.history, signed_in]
+        browser.verify, browser.trust_env = f"{below_lab.tls}.pem", False
         yield browser
 
 
-def test_behind_nginx_people_sign_in_and_stay_below_the_prefix(behind_nginx, nginx_browser):
-    assert [urlsplit(response.url).path for response in nginx_browser.trail] == [
-        "/lab/hub/home", "/lab/hub/login", "/lab/hub/login", "/lab/hub/home"]
-    assert all(response.url.startswith(behind_nginx.public) for response in nginx_browser.trail)
-    assert "Hello, ada" in nginx_browser.trail[-1].text
-    assert nginx_browser.get(f"{behind_nginx.public}/lab/").url == f"{behind_nginx.public}/lab/hub/home"
+@pytest.fixture
+def way_in(behind_a_web_server, tls_browser):
+    """The responses on the way to ada's home."""
+    page = tls_browser.get(f"{behind_a_web_server}/hub/home")
+    xsrf = re.search(r'name=_xsrf value="(\w+)"', page.text)[1]
+    signed_in = tls_browser.post(page.url, {"username": "ada", "password": PASSWORD, "_xsrf": xsrf})
+    return [*page.history, page, *signed_in.history, signed_in]
 
 
-def test_behind_nginx_cookies_are_for_tls_and_the_prefix_only(nginx_browser):
-    assert {(cookie.name, cookie.path, cookie.secure) for cookie in nginx_browser.cookies} == {
+def test_behind_a_web_server_people_sign_in_and_stay_below_the_prefix(behind_a_web_server, way_in):
+    assert [response.url.removeprefix(behind_a_web_server).partition("?")[0] for response in way_in] == [
+        "/hub/home", "/hub/login", "/hub/login", "/hub/home"]
+    assert "Hello, ada" in way_in[-1].text
+
+
+@pytest.mark.parametrize("path", ["", "/", "/hub", "/hub/"])
+def test_behind_a_web_server_the_prefix_alone_leads_home(behind_a_web_server, tls_browser, way_in, path):
+    assert tls_browser.get(f"{behind_a_web_server}{path}").url == f"{behind_a_web_server}/hub/home"
+
+
+def test_behind_a_web_server_cookies_are_for_tls_and_the_prefix_only(tls_browser, way_in):
+    assert {(cookie.name, cookie.path, cookie.secure) for cookie in tls_browser.cookies} == {
         ("jupyterhub-hub-login", "/lab/hub/", True), ("jupyterhub-session-id", "/lab/", True)}
 
 
-def test_behind_nginx_servers_carry_requests_and_websockets(behind_nginx, nginx_browser):
-    import websocket
-
-    place = f"{behind_nginx.public}/lab/user/ada/"
-    behind_nginx.start_server("ada", behind_nginx.command("token", "ada"))
-    got = nginx_browser.get(f"{place}echo/x%20y").json()
+@pytest.mark.parametrize("path", ["x%20y", "a%2Fb", "%C3%BC%25", "a//b", "a:b;c=d,e@f+g", "x?y=%2F+%20&z"])
+def test_behind_a_web_server_servers_get_requests_as_the_browser_wrote_them(behind_a_web_server, tls_browser, way_in, path):
+    got = tls_browser.get(f"{behind_a_web_server}/user/ada/echo/{path}").json()
     headers = dict(got["headers"])
-    assert (got["uri"], headers["X-Forwarded-Proto"], headers["Host"], "jupyterhub-hub-login" in headers.get("Cookie", "")) == (
-        "/lab/user/ada/echo/x%20y", "https", urlsplit(place).netloc, False)
+    assert (got["uri"], headers["Host"], "jupyterhub-hub-login" in headers["Cookie"]) == (
+        f"/lab/user/ada/echo/{path}", urlsplit(behind_a_web_server).netloc, False)
+
+
+def test_behind_a_web_server_servers_get_uploads(behind_a_web_server, tls_browser):
     body = os.urandom(3 * MEGABYTE)
-    assert nginx_browser.post(f"{place}upload", body).json() == {"count": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    assert tls_browser.post(f"{behind_a_web_server}/user/ada/upload", body).json() == {
+        "count": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+
+
+def test_behind_a_web_server_events_arrive_when_they_happen(behind_a_web_server, tls_browser):
+    place = f"{behind_a_web_server}/user/ada/events?count=2&pause=3600"
+    with tls_browser.get(place, stream=True, timeout=10) as stream:
+        assert next(stream.iter_content(None)) == b"data: 0\n\n"
+
+
+def test_behind_a_web_server_websockets_carry_messages(below_lab, behind_a_web_server):
+    websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
     with contextlib.closing(websocket.create_connection(
-            f"{place.replace('https', 'wss')}socket", sslopt={"ca_certs": behind_nginx.certificate}, timeout=10)) as connection:
+            f"{behind_a_web_server.replace('https', 'wss')}/user/ada/socket", sslopt={"ca_certs": f"{below_lab.tls}.pem"}, timeout=10)) as connection:
         connection.send("hello")
         assert connection.recv() == "hello"
 
 
-def test_past_nginx_nobody_can_say_that_the_browser_uses_tls(behind_nginx):
-    headers = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example"}
-    answer = requests.get(f"{behind_nginx.public}/lab/hub/login", verify=behind_nginx.certificate, headers=headers)
-    assert "Secure" in answer.headers["Set-Cookie"]
+def test_past_a_web_server_nobody_can_say_how_the_browser_reaches_the_hub(behind_a_web_server, tls_browser):
+    headers = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example", "X_Forwarded_Host": "evil.example"}
+    assert "Secure" in tls_browser.get(f"{behind_a_web_server}/hub/login", headers=headers).headers["Set-Cookie"]
+    got = dict(tls_browser.get(f"{behind_a_web_server}/user/ada/echo", headers=headers).json()["headers"])
+    assert [got[name] for name in ("X-Forwarded-Proto", "X-Forwarded-Host", "Host")] == [
+        "https", *[urlsplit(behind_a_web_server).netloc] * 2]
+
+
+def test_past_a_web_server_nobody_can_say_where_the_browser_is(below_lab, behind_a_web_server):
+    trusting = ssl.create_default_context(cafile=f"{below_lab.tls}.pem")
+    connection = http.client.HTTPSConnection(urlsplit(behind_a_web_server).netloc, source_address=("127.0.0.2", 0), context=trusting)
+    with contextlib.closing(connection):
+        connection.request("POST", "/lab/hub/api/users/ada/tokens", json.dumps({"auth": {"username": "ada", "password": "wrong"}}),
+                           {"X-Forwarded-For": "6.6.6.6"})
+        assert connection.getresponse().status == 403
+    keys = below_lab.rows("SELECT key FROM failures")
+    assert [address for address in ("127.0.0.2", "6.6.6.6") if any(address in key for key in keys)] == ["127.0.0.2"]
 
 
 def threads_of_hubs():
