@@ -1334,18 +1334,25 @@ def last_said(environ, name, allowed=None):
     return value if allowed is None or value in allowed else ""
 
 
-def request_target(environ: dict[str, Any]) -> str:
-    """Path and query as the client sent them, percent-encoding and all.
+def target_below(environ: dict[str, Any], above: str) -> str:
+    """What the client sent after the mount point and a path that is as long as `above`, whichever way it spelled these.
 
     WSGI decodes the path; most hosts keep the original as well, and it is used where it says the same.
     """
-    path = environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"]
+    script = environ.get("SCRIPT_NAME", "")
+    path = script + environ["PATH_INFO"]
     sent = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     raw = NEEDLESSLY_ENCODED.sub(lambda match: unquote(match[0]), sent.partition("?")[0])
     if unquote(raw, "latin-1") != path or not re.fullmatch(r"[\x21-\x7e]+", raw):
         raw = quote(path, safe="/@~!$&'()*+,;=:", encoding="latin-1")
+    below = re.sub(f"^(?:%[0-9A-Fa-f]{{2}}|.){{0,{len(script + above)}}}", "", raw)
     query = environ.get("QUERY_STRING", "")
-    return f"{raw}?{quote(query, safe=string.punctuation, encoding='latin-1')}" if query else raw
+    return f"{below}?{quote(query, safe=string.punctuation, encoding='latin-1')}" if query else below
+
+
+def request_target(environ: dict[str, Any]) -> str:
+    """Path and query as the client sent them, percent-encoding and all, below the mount point in the hub's own spelling."""
+    return quote(environ.get("SCRIPT_NAME", ""), safe="/@~", encoding="latin-1") + target_below(environ, "")
 
 
 def is_websocket(environ: dict[str, Any]) -> bool:
@@ -4956,7 +4963,7 @@ class UserUrlPage(Resource):
         if is_for_programs(req, path):
             raise Unavailable(f"JupyterHub server no longer running at {req.env['minihub.mount'].base}user/{rest}. Restart the"
                               f" server at {self.hub.settings.public_url}{hub_path(req, f'spawn/{quote_name(name)}')}")
-        place = hub_path(req, "user/") + request_target(req.env).removeprefix(req.env["minihub.mount"].base + "user/")
+        place = hub_path(req, "user/") + target_below(req.env, "/user/")
         resp.status, resp.location = 302, place
 
     @falcon.before(needs_login)
@@ -4965,7 +4972,7 @@ class UserUrlPage(Resource):
         name, _, path = rest.partition("/")
         user, mount = req.context.user, req.env["minihub.mount"]
         own = self.hub.authenticator.normalize(name) == user.name
-        here = mount.base + request_target(req.env).removeprefix(mount.hub)
+        here = mount.base + target_below(req.env, "/hub/")
         if not own and not user.admin:
             resp.status, resp.location = 302, f"{self.hub.url_of(user.name, '')}{quote(path)}"
             return
@@ -4997,7 +5004,7 @@ class UserRedirectPage(Resource):
     @falcon.before(needs_login)
     def on_get(self, req, resp, rest=""):
         """To the same path on one's own server."""
-        place = request_target(req.env).removeprefix(hub_path(req, "user-redirect/"))
+        place = target_below(req.env, "/hub/user-redirect/")
         resp.status, resp.location = 302, self.hub.url_of(req.context.user.name, "") + place
 
 

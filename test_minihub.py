@@ -1924,8 +1924,12 @@ def test_a_path_goes_on_as_it_was_sent(path, raw, query, target):
     assert minihub.request_target(request_environ(PATH_INFO=path, QUERY_STRING=query, **more)) == target
 
 
-def test_the_mount_point_is_a_part_of_the_path():
-    assert minihub.request_target(request_environ(SCRIPT_NAME="/lab", REQUEST_URI="/lab/user/ada/x")) == "/lab/user/ada/x"
+@pytest.mark.parametrize("script, raw, target", [
+    ("/lab", "/lab/user/ada/x", "/lab/user/ada/x"), ("/lab", "/la%62/user/ada/x", "/lab/user/ada/x"),
+    ("/\xc3\xbc/b", "/%c3%bc/b/user%2fada/%78", "/%C3%BC/b/user%2fada/x"), ("/\xc3\xbc/b", "/%c3%bc%2Fb/user/ada/x", "/%C3%BC/b/user/ada/x"),
+    ("/a+b@c", "/a+b%40c/user/ada/x", "/a%2Bb@c/user/ada/x"), ("/a+b", "", "/a%2Bb/user/ada/x")])
+def test_the_mount_point_is_a_part_of_the_path_and_spelled_in_one_way(script, raw, target):
+    assert minihub.request_target(request_environ(SCRIPT_NAME=script, REQUEST_URI=raw)) == target
 
 
 @pytest.mark.parametrize("trusted, peer, forwarded, client", [
@@ -6325,6 +6329,22 @@ def test_no_spelling_of_an_address_leads_to_another_site(hub, sent):
     pages.get("/hub/spawn/ada").form.submit(status=303).follow()
     response = pages.get("/hub/user/ada/lab", extra_environ={"RAW_URI": sent}, status=302)
     assert response.headers["Location"] == "/user/ada/lab"
+
+
+@pytest.mark.parametrize("base_url, mount", [("/", ""), ("/\u00fcben/", "/%C3%BCben")])
+@pytest.mark.parametrize("path, sent, location", [
+    ("/hub/user/ada/lab/a b", "/hub/user/ada/lab/%61%20b", "/user/ada/lab/a%20b"),
+    ("/hub/user/ada/lab/a/b", "/hub%2Fuser/ada/lab/a%2fb", "/user/ada/lab/a%2fb"),
+    ("/hub/user-redirect/lab/a/b", "/hub/user-redirect%2Flab/a%2Fb", "/user/ada/lab/a%2Fb"),
+    ("/user/bob/lab/a/b", "/user%2Fbob/lab/a%2Fb", "/hub/user/bob/lab/a%2Fb")])
+def test_no_spelling_of_an_address_leads_astray(make_hub, base_url, mount, path, sent, location):
+    hub = people(make_hub(base_url=base_url))
+    pages = webtest.TestApp(hub, extra_environ={"REMOTE_ADDR": "127.0.0.1"}, lint=True)
+    sign_in_at(pages, "ada", url=f"{mount}/hub/login")
+    pages.get(f"{mount}/hub/spawn/ada").form.submit(status=303).follow()
+    raw = mount.replace("%C3%BC", "%c3%bc") + sent
+    response = pages.get(f"{mount}{quote(path)}", extra_environ={"RAW_URI": raw}, status=302)
+    assert response.headers["Location"] == f"{mount}{location}"
 
 
 def test_a_link_for_everybody_leads_to_ones_own_server(hub):
