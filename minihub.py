@@ -5144,10 +5144,10 @@ class Hub(HubCore):
                 environ = self._below_base(environ)
                 if "HTTP_SCRIPT_NAME" in environ:
                     return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
+                if misplaced := (self.settings.user_url and self._misplaced(environ)) or self._outside(environ):
+                    return self._falcon({**environ, "minihub.error": misplaced}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
-                if misplaced := self.settings.user_url and self._misplaced(environ):
-                    return self._falcon({**environ, "minihub.error": misplaced}, start_response)
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])
                 if route is None:
                     return self._falcon(environ, start_response)
@@ -5201,6 +5201,13 @@ class Hub(HubCore):
     def _base_in_wsgi(self):
         """`base_url` as PATH_INFO spells it: its bytes as Latin-1 (PEP 3333)."""
         return self.settings.base_url.encode().decode("latin-1")
+
+    def _outside(self, environ):
+        """What to answer outside of base_url, or None: JupyterHub, too, leads from there to the same path among its pages."""
+        if environ["SCRIPT_NAME"].endswith(self._base_in_wsgi.rstrip("/")):
+            return None
+        inside = environ["minihub.mount"].base[:-1] + quote(self.settings.base_url, safe="/@~")
+        return falcon.HTTPFound(f"{inside}hub{target_below(environ, '')}")
 
     # Requests for servers
 

@@ -7048,6 +7048,16 @@ def test_the_prefix_without_its_slash_leads_to_the_hub(below):
     assert site.get(path, status=302).location == f"{path}/hub/"
 
 
+@pytest.mark.parametrize("script", ["", "/school"])
+@pytest.mark.parametrize("path", ["/", "/user/ada/x%20y?z", "/hub/health", "/labs/hub/health", "/x/lab/hub/health"])
+def test_a_request_outside_of_base_url_is_led_inside_and_does_not_move_the_hub(make_hub, script, path):
+    hub = make_hub(base_url="/lab/")
+    response = webtest.TestApp(hub, extra_environ={"SCRIPT_NAME": script}, lint=True).get(f"{script}{path}", status=302)
+    assert response.headers["Location"] == f"{script}/lab/hub{path}"
+    with hub.connected():
+        assert hub.mount.base == "/lab/"
+
+
 def test_links_made_before_the_first_request_lead_below_the_base_url(make_hub):
     hub = people(make_hub(base_url="/\u00fcben/", public_url="https://school.example"))
     with hub.connected():
