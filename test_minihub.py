@@ -475,6 +475,9 @@ asyncio.run(main())
 '''
 
 
+GUNICORN = str(Path(sys.executable).with_name("gunicorn"))  # a script, or it could not start itself anew at USR2
+
+
 class LiveHub:
     """A gunicorn with `minihub:app` in a folder of its own."""
 
@@ -498,7 +501,7 @@ class LiveHub:
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", self.app, "--bind", f"127.0.0.1:{self.port}", "--no-control-socket",
+                [GUNICORN, self.app, "--bind", f"127.0.0.1:{self.port}", "--no-control-socket",
                  *self.options],
                 cwd=self.folder, env=self.environ, stdout=output, stderr=output, start_new_session=True)
         wait_for(self.is_up, message=f"gunicorn did not start: {self.log.read_text()}")
@@ -547,8 +550,7 @@ class LiveHub:
 
     def workers(self):
         """The process ids of gunicorn's workers."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout
-        return [int(pid) for pid in found.split()]
+        return children_of(self.process.pid)
 
     def stop(self, how=signal.SIGTERM):
         """End gunicorn. Servers go on."""
@@ -597,6 +599,11 @@ def start_echo(live, folder, *options, **settings):
 
 CHP = shutil.which("configurable-http-proxy")
 needs_chp = pytest.mark.skipif(not CHP, reason="npm install -g configurable-http-proxy")
+
+
+def children_of(pid):
+    """The ids of the processes that a process has started."""
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 
 
 def is_open(port):
@@ -7314,8 +7321,7 @@ def rate(port, path, headers, reuse, count=500):
 
 def family_of(pid):
     """A process and all that it has started."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [pid, *itertools.chain.from_iterable(family_of(int(child)) for child in children)]
+    return [pid, *itertools.chain.from_iterable(map(family_of, children_of(pid)))]
 
 
 @pytest.mark.bench
@@ -7777,6 +7783,22 @@ def test_workers_of_any_kind_answer_alike(live, tmp_path, options):
         json.dumps((200, [without_times(model) for model in answers[0][1]]))}
     assert {hub.request("GET", "/user/ada/").body for _ in range(8)} == {b"mock"}
     assert discrepancies(hub) == {}
+
+
+def test_servers_live_on_when_another_gunicorn_takes_over(live, tmp_path):
+    hub = start_mocked(live, tmp_path, "-w", "2")
+    hub.start_server("ada", hub.token)
+    process, workers = pid_of(hub), hub.workers()
+    hub.process.send_signal(signal.SIGUSR2)
+    successor, = wait_for(lambda: [pid for pid in hub.workers() if pid not in workers and len(children_of(pid)) == 2])
+    try:
+        hub.stop()
+        assert pid_of(hub) == process and hub.request("GET", "/user/ada/").body == b"mock"
+        hub.api("DELETE", "/users/ada/server", hub.token)
+        wait_for(lambda: status_of(hub) == "stopped" and not groups_in(tmp_path))
+    finally:
+        os.kill(successor, signal.SIGTERM)
+        wait_for(lambda: not is_open(hub.port))
 
 
 @pytest.mark.parametrize("options", WORKERS, ids=" ".join)
