@@ -1020,13 +1020,23 @@ def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None 
         name.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         log_file.replace(log_file.with_suffix(".log.old"))
-    with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
+    with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output, no_signals_blocked():
         process = subprocess.Popen(["/bin/sh", "-c", SUPERVISE, str(run), note, str(beat or ""), *words], stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=output, start_new_session=True, **options)
     state = process_state(run, process.pid)  # before anybody waits, and the number can be somebody else's
     # The kernel keeps a zombie until somebody waits for it.
     threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
     return state
+
+
+@contextlib.contextmanager
+def no_signals_blocked() -> Iterator[None]:
+    """What is started here gets every signal: a process inherits what its parent's thread blocks, in uWSGI all of them."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def heartbeat(settings: Settings) -> Path:
@@ -1482,10 +1492,13 @@ class Handover:
     def __init__(self, environ: dict[str, Any], number: int):
         self._input = environ["wsgi.input"]
         self.client = socket.socket(fileno=os.dup(number))
-        near_end, far_end = socket.socketpair()
-        far_end.close()
-        os.dup2(near_end.fileno(), number, inheritable=False)
-        near_end.close()
+        self._near_end, self._far_end = socket.socketpair()
+        os.dup2(self._near_end.fileno(), number, inheritable=False)
+        self._prepare()
+
+    def _prepare(self):
+        self._near_end.close()
+        self._far_end.close()
 
     def buffered(self, length: int) -> bytes:
         """Those of the body's next `length` bytes that the server has read already."""
@@ -1500,12 +1513,58 @@ class Handover:
         return iter((b"",))
 
 
+class HandoverFromUWSGI(Handover):
+    """The same for uWSGI, which loses what it had buffered of a body that ends early, and logs every write that fails.
+
+    So it is given as much to read as it asks for, and what it writes is taken and forgotten. It closes in any case.
+    """
+
+    def _prepare(self):
+        """Both ends stay open until uWSGI has made its response."""
+
+    def buffered(self, length):
+        """Those bytes that were read before any of the padding was: as many as are left of that."""
+        received = b""
+        while len(received) < length:
+            size = min(length - len(received), 4096)  # what any socket pair holds
+            self._far_end.sendall(bytes(size + 1))  # one more, so that there always is something left
+            data = self._input.read(size)
+            count = len(self._near_end.recv(size + 1)) - 1
+            received += data[:count]
+            if count < size:
+                break
+        return received
+
+    def close(self):
+        """uWSGI has made its response."""
+        self._near_end.close()
+        self._far_end.close()
+
+
+def take_over(environ: dict[str, Any], number: int) -> Handover:
+    """The handover that suits the WSGI server."""
+    return (HandoverFromUWSGI if "uwsgi.version" in environ else Handover)(environ, number)
+
+
+def uwsgi_socket_number(environ: dict[str, Any]) -> int | None:
+    """What uWSGI says is the client's socket. Behind its HTTP router, or a web server that speaks uWSGI's protocol, it is
+    a connection to that, which is for this request alone and takes the same answer."""
+    uwsgi = sys.modules["uwsgi"]
+    if "x-wsgiorg.fdevent.readable" in environ or {"https-socket", "suwsgi-socket"} & uwsgi.opt.keys():
+        return None  # its requests are no threads, as with gevent, or come over TLS
+    if is_websocket(environ) and "UWSGI_ROUTER" in environ and not {"http-websockets", "http-raw-body"} & uwsgi.opt.keys():
+        return None  # the router would pass on the answer, and then nothing that the client says
+    return uwsgi.connection_fd()
+
+
 def client_socket_number(environ: dict[str, Any]) -> int | None:
     """The file descriptor of the client's plain TCP or unix socket, where the WSGI server lets it be had."""
     if environ["SERVER_PROTOCOL"] not in ("HTTP/1.0", "HTTP/1.1"):
         return None  # an HTTP/2 connection carries other requests too
     if "gevent.monkey" in sys.modules and environ.get("wsgi.multithread"):
         return None  # under gevent sockets and threads are greenlets, which must not share a socket with a real thread
+    if "uwsgi.version" in environ:
+        return uwsgi_socket_number(environ)
     found = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
     if found is not None:
         return found.fileno() if type(found) is socket.socket else None  # a TLS socket is another type
@@ -1803,10 +1862,18 @@ def check_host_can_carry(environ: dict[str, Any]) -> None:
     """Raises NotPossible or Unavailable for what cannot go through the worker itself."""
     if is_websocket(environ):
         raise NotPossible("This web server does not let the hub carry websockets, which notebooks need. Run the hub"
-                          " with gunicorn, without TLS in the worker, or set MINIHUB_PROXY to an external proxy")
+                          " with gunicorn, or with uWSGI and its --http-socket, without TLS in the worker, or set"
+                          " MINIHUB_PROXY to an external proxy")
     if not environ["wsgi.multithread"] and not environ["wsgi.multiprocess"]:
         raise Unavailable("This web server has a single thread, which a notebook server would need while it keeps it"
                           " busy. Run the hub with gunicorn, or with more threads")
+
+
+def upstream_protocol(environ: dict[str, Any], number: int | None) -> str:
+    """HTTP/1.0, so that the response does not come in chunks, where a WSGI server frames it, or a web server that has
+    spoken uWSGI's protocol."""
+    plain = number is None or ("uwsgi.version" in environ and not is_websocket(environ))
+    return "HTTP/1.0" if plain else environ["SERVER_PROTOCOL"]
 
 
 def read_head(response) -> ResponseHead:
@@ -1885,7 +1952,7 @@ class EmbeddedProxy(Proxy):
             check_host_can_carry(environ)
         spool = spooled_body(environ)
         length = file_length(spool) if spool else content_length(environ)
-        head = request_head(environ, client, length, "HTTP/1.0" if number is None else environ["SERVER_PROTOCOL"])
+        head = request_head(environ, client, length, upstream_protocol(environ, number))
         exchange = Exchange((urlsplit(target).hostname, urlsplit(target).port), environ["REQUEST_METHOD"],
                             is_websocket(environ), head, spool, 0 if spool else length or 0, unavailable)
         if number is None:
@@ -1896,7 +1963,7 @@ class EmbeddedProxy(Proxy):
         if self.splicer.is_full:
             raise Unavailable("The hub has as many connections as it can carry. Close some notebooks, or raise the limit of open"
                               " files (ulimit -n) of the hub's process", retry_after=5)
-        handover = Handover(environ, number)
+        handover = take_over(environ, number)
         self.splicer.carry(Forward(handover.client, exchange.after(handover.buffered(exchange.body_left))))
         return handover.respond(start_response)
 
@@ -3991,7 +4058,7 @@ class ProgressResource(Resource):
             # Whoever asks with an EventSource comes again in a second.
             resp.text = "".join(map(sse, events)) + ("" if last else "retry: 1000\n\n")
             return
-        handover = Handover(req.env, number)
+        handover = take_over(req.env, number)
         self.hub.splicer.carry(ProgressStream(handover.client, self.hub, server))
         resp.content_length, resp.stream = 0, handover
 
@@ -5118,8 +5185,18 @@ ROUTES = (
 )
 
 
+def own_scheme(environ: dict[str, Any]) -> str:
+    """http or https, whichever the WSGI host itself speaks: wsgi.url_scheme can be a proxy's word, in uWSGI any client's."""
+    if "gunicorn.socket" in environ:
+        return "https" if isinstance(environ["gunicorn.socket"], ssl.SSLSocket) else "http"
+    if "uwsgi.version" in environ:
+        return "https" if environ.get("HTTPS") else "http"
+    return environ["wsgi.url_scheme"]
+
+
 #: gunicorn takes this header for the mount point when a proxy on its own machine passes it on, as configurable-http-proxy does.
 NO_SCRIPT_NAME = "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL"
+NO_THREADS = "uWSGI runs no threads of Python's, which the hub needs. Start it with --enable-threads"
 NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
 
 
@@ -5146,6 +5223,8 @@ class Hub(HubCore):
                     return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
                 if misplaced := (self.settings.user_url and self._misplaced(environ)) or self._outside(environ):
                     return self._falcon({**environ, "minihub.error": misplaced}, start_response)
+                if "uwsgi.version" in environ and not sys.modules["uwsgi"].has_threads:
+                    return self._falcon({**environ, "minihub.error": Unavailable(NO_THREADS)}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])
@@ -5181,9 +5260,9 @@ class Hub(HubCore):
         client = environ.get("gunicorn.socket")
         if client is not None and client.family == socket.AF_UNIX:
             return self._mount.address if self._mount else self.guess_mount().address
-        # gunicorn's url_scheme can be a proxy's word, its socket's type is not.
-        scheme = environ["wsgi.url_scheme"] if client is None else "https" if isinstance(client, ssl.SSLSocket) else "http"
-        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"], scheme)
+        if "mod_wsgi.version" in environ:  # there SERVER_NAME and SERVER_PORT are the Host header
+            return local_address(environ["mod_wsgi.listener_host"], environ["mod_wsgi.listener_port"], own_scheme(environ))
+        return local_address(environ["SERVER_NAME"], environ["SERVER_PORT"], own_scheme(environ))
 
     def wrap(self, application: Callable) -> Callable:
         """A WSGI application that is this hub for the hub's own paths, hub/, user/ and services/ below `base_url`, and
@@ -5411,6 +5490,15 @@ class Hub(HubCore):
                 self._ticker_owner, self._ticking = os.getpid(), threading.Event()
                 threading.Thread(target=self._run_ticker, args=(self._ticking,), name="minihub-ticker", daemon=True).start()
 
+    def tick_in_workers(self) -> None:
+        """See to it that this process ticks, or its workers if it has some."""
+        self.tick_across_forks()
+        uwsgi = sys.modules.get("uwsgi")
+        if uwsgi is None or uwsgi.worker_id():
+            self.start_ticker()
+        else:  # it forks behind Python's back, so that a thread's locks would stay locked
+            uwsgi.post_fork_hook = self.start_ticker
+
     def tick_across_forks(self) -> None:
         """Leave the ticking to the children of this process, if it turns out to be the parent of workers.
 
@@ -5460,8 +5548,7 @@ def __getattr__(name):
             settings = Settings.from_environ()
             hub = Hub(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
             hub._owns_host = True
-            hub.tick_across_forks()
-            hub.start_ticker()
+            hub.tick_in_workers()
             globals()["app"] = hub
         return globals()["app"]
 

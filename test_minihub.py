@@ -24,6 +24,7 @@ import os
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -53,6 +54,7 @@ from minihub import Hub, Settings
 
 HERE = Path(__file__).parent
 SINGLEUSER = shutil.which("jupyterhub-singleuser", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+OPENSSL = shutil.which("openssl")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 needs_singleuser = pytest.mark.skipif(not SINGLEUSER, reason="pip install '.[classroom]'")
@@ -482,6 +484,7 @@ class LiveHub:
     """A gunicorn with `minihub:app` in a folder of its own."""
 
     app, prefix = "minihub:app", ""
+    tls = None  # the ssl.SSLContext for one that speaks TLS
 
     def __init__(self, folder, *options, **settings):
         self.folder = folder
@@ -497,14 +500,17 @@ class LiveHub:
         named = {f"MINIHUB_{name.upper()}": str(value) for name, value in self.settings.items()}
         return {**kept, "PYTHONPATH": str(HERE), **named}
 
+    @property
+    def words(self):
+        """The command line."""
+        return [GUNICORN, self.app, "--bind", f"127.0.0.1:{self.port}", "--no-control-socket", *self.options]
+
     def start(self):
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as output:
-            self.process = subprocess.Popen(
-                [GUNICORN, self.app, "--bind", f"127.0.0.1:{self.port}", "--no-control-socket",
-                 *self.options],
-                cwd=self.folder, env=self.environ, stdout=output, stderr=output, start_new_session=True)
-        wait_for(self.is_up, message=f"gunicorn did not start: {self.log.read_text()}")
+            self.process = subprocess.Popen(self.words, cwd=self.folder, env=self.environ, stdout=output, stderr=output,
+                                            start_new_session=True)
+        wait_for(self.is_up, message=f"the hub did not start: {self.log.read_text()}")
         return self
 
     def is_up(self):
@@ -514,6 +520,8 @@ class LiveHub:
     def request(self, method, path, body=None, headers=(), timeout=30):
         """The response, read to its end; `.body` is what it held."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        if self.tls:
+            connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.tls)
         with contextlib.closing(connection):
             connection.request(method, path, body, dict(headers))
             response = connection.getresponse()
@@ -2124,12 +2132,12 @@ def test_a_proxy_of_ones_own_needs_three_methods():
 
 
 @contextlib.contextmanager
-def carrying(folder, *options, **settings):
-    """A gunicorn in front of ada's echo server, for as long as it is needed."""
+def carrying(folder, *options, kind=LiveHub, **settings):
+    """A gunicorn, or another kind of host, in front of ada's echo server, for as long as it is needed."""
     hubs = []
 
     def start(*options, **settings):
-        hubs.append(LiveHub(folder, *options, **settings))
+        hubs.append(kind(folder, *options, **settings))
         return hubs[0].start()
 
     try:
@@ -2232,7 +2240,8 @@ def echoed(hub, method="GET", path="", body=None, headers=()):
 
 def websocket_to(hub, path="/user/ada/socket", **options):
     websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
-    return websocket.create_connection(f"ws://127.0.0.1:{hub.port}{path}", timeout=20, **options)
+    scheme, tls = ("wss", {"sslopt": {"context": hub.tls}}) if hub.tls else ("ws", {})
+    return websocket.create_connection(f"{scheme}://127.0.0.1:{hub.port}{path}", timeout=20, **tls, **options)
 
 
 def memory_of(pid):
@@ -2725,7 +2734,7 @@ def at_home(tmp_path_factory):
 class Host:
     """A WSGI server in this process. Subclasses must implement `serve` and `end`."""
 
-    request = LiveHub.request
+    request, tls = LiveHub.request, None
 
     def __init__(self, app):
         self.app = app
@@ -2806,6 +2815,66 @@ def in_process(kind, hub):
         host.end()
 
 
+def readme_command(name):
+    """The words of the README's command line with that name, whose files are those of this Python."""
+    line, = re.findall(rf"^    {name} .*$", README, re.MULTILINE)
+    name, *words = shlex.split(line)
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
+    return found, words
+
+
+class InUWSGI(LiveHub):
+    """The hub in uWSGI, started as the README says. Options are added."""
+
+    listens = "--http-socket"
+
+    @property
+    def words(self):
+        program, words = readme_command("uwsgi")
+        if not program:
+            pytest.skip("pip install pyuwsgi")
+        assert words[:2] == ["--http-socket", "127.0.0.1:8000"]
+        return [program, self.listens, f"127.0.0.1:{self.port}", *words[2:], "--binary-path", sys.executable, *self.options]
+
+
+class InUWSGIBehindItsRouter(InUWSGI):
+    """The same, but with another process of uWSGI's between clients and workers."""
+
+    listens = "--http"
+
+
+class InModWSGI(LiveHub):
+    """The hub in Apache, started as the README says. Apache refuses to be root, but may read and write all that root can."""
+
+    @property
+    def words(self):
+        program, words = readme_command("mod_wsgi-express")
+        if not program:
+            pytest.skip("apt-get install apache2 apache2-dev gcc python3-dev && pip install mod_wsgi")
+        (self.folder / "hub.conf").write_text(readme_text("AllowEncodedSlashes", "apache"))
+        words[words.index("8000")] = str(self.port)
+        not_root = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+dac_override",
+                    "--ambient-caps=+dac_override"] if os.geteuid() == 0 else []
+        return [*not_root, program, *words, "--server-root", str(self.folder / "apache"), "--log-to-terminal", *self.options]
+
+
+class WithTLS(LiveHub):
+    """A gunicorn that ends TLS itself, with a certificate for this machine that its servers are told to trust."""
+
+    def __init__(self, folder, *options, **settings):
+        if not OPENSSL:
+            pytest.skip("apt-get install openssl")
+        files = ["-keyout", folder / "tls.key", "-out", folder / "tls.pem"]
+        words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+        subprocess.run([OPENSSL, *words.split(), *files], check=True, capture_output=True)
+        super().__init__(folder, "--keyfile", "tls.key", "--certfile", "tls.pem", *options, env_keep="SSL_CERT_FILE", **settings)
+        self.tls = ssl.create_default_context(cafile=folder / "tls.pem")
+
+    @property
+    def environ(self):
+        return {**super().environ, "SSL_CERT_FILE": str(self.folder / "tls.pem")}
+
+
 #: The README's name of each host, and how to run a hub with ada's echo server in it.
 HOSTS = {
     "gunicorn, sync workers": lambda hub, folder: carrying(folder),
@@ -2815,8 +2884,11 @@ HOSTS = {
     "wsgiref (one thread)": lambda hub, folder: in_process(Wsgiref, hub),
     "werkzeug's server (Flask's development server)": lambda hub, folder: in_process(Werkzeug, hub),
     "cheroot": lambda hub, folder: in_process(Cheroot, hub),
+    "uWSGI, `--http-socket`": lambda hub, folder: carrying(folder, kind=InUWSGI),
+    "uWSGI, `--http`": lambda hub, folder: carrying(folder, kind=InUWSGIBehindItsRouter),
+    "mod_wsgi (mod_wsgi-express)": lambda hub, folder: carrying(folder, kind=InModWSGI),
+    "gunicorn, `--threads` and TLS (`--certfile`)": lambda hub, folder: carrying(folder, "--threads", "4", kind=WithTLS),
 }
-UNMEASURED = ("uWSGI", "mod_wsgi", "gunicorn ending TLS itself")
 
 
 def is_there(host, path, status, words):
@@ -2850,7 +2922,7 @@ def hosts_in_the_readme():
     """The README's table of hosts, a list of words for each."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
     begin = rows.index(["server", "API", "pages", "notebooks over HTTP", "websockets (kernels, terminals)"]) + 2
-    return {name: cells for name, *cells in rows[begin:begin + len(HOSTS) + len(UNMEASURED)]}
+    return {name: cells for name, *cells in rows[begin:begin + len(HOSTS)]}
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -2861,10 +2933,9 @@ def test_the_readmes_table_of_hosts_is_what_was_measured(name, at_home, tmp_path
         assert hosts_in_the_readme()[name] == what_works_in(host)
 
 
-def test_the_readmes_table_of_hosts_owns_up_to_what_was_not_measured():
-    table = hosts_in_the_readme()
-    assert table.keys() == HOSTS.keys() | set(UNMEASURED)
-    assert all(table[name] == ["not measured"] * 4 for name in UNMEASURED)
+def test_the_readmes_table_of_hosts_names_no_other():
+    assert hosts_in_the_readme().keys() == HOSTS.keys()
+    assert "not measured" not in README
 
 
 @pytest.fixture(scope="module", params=[Wsgiref, Werkzeug, Waitress, Cheroot])
@@ -7869,7 +7940,6 @@ def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(make_hub, s
             assert hub._own_address(environ) == address
 
 
-OPENSSL = shutil.which("openssl")
 
 #: What starts each web server, what installs it, and what a whole configuration needs besides the README's part.
 WEB_SERVERS = {
