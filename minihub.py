@@ -1836,12 +1836,16 @@ def spooled_body(environ: dict[str, Any]):
     """A file with the whole of a chunked body, None for others: where the next chunk starts only the worker knows."""
     if not environ.get("HTTP_TRANSFER_ENCODING"):
         return None
-    if not environ.get("wsgi.input_terminated"):
+    if environ.get("wsgi.input_terminated"):
+        read = functools.partial(environ["wsgi.input"].read, CHUNK)
+    elif "uwsgi.version" in environ and not environ.get("CONTENT_LENGTH"):
+        read = sys.modules["uwsgi"].chunked_read
+    else:
         raise BadRequest("This server needs a Content-Length, it cannot read a body that comes in chunks")
     with contextlib.ExitStack() as opened:
         spool = opened.enter_context(tempfile.SpooledTemporaryFile(max_size=1024 * 1024))
         try:
-            while data := environ["wsgi.input"].read(CHUNK):
+            while data := read():
                 spool.write(data)
                 if spool.tell() > SPOOL_LIMIT:
                     raise TooLarge("The body is too long for one that comes in chunks. Send it with a Content-Length")

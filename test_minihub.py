@@ -38,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import wsgiref.simple_server
 from datetime import timedelta
 from pathlib import Path
@@ -1627,6 +1628,22 @@ def has_group(pid):
     return True
 
 
+def test_a_server_gets_the_signals_that_the_thread_which_started_it_does_not(processes, tmp_path, monkeypatch):
+    start = subprocess.Popen  # /bin/sh may unblock them itself, bash does not
+    monkeypatch.setattr(minihub.subprocess, "Popen", lambda words, **options: start(["/bin/bash", *words[1:]], **options))
+    (tmp_path / "server.py").write_text(SIGNALLED)
+    spawner = processes(f"{sys.executable} {tmp_path / 'server.py'} polite")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        state = spawner.start(launch_of())
+        assert {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    log_of(spawner, state, "ready")
+    state = spawner.stop(state)
+    assert ends_with(spawner, state) == 0
+
+
 def test_with_now_a_server_is_killed_at_once(processes):
     spawner = processes("sleep 60 {port}")
     state = spawner.start(launch_of())
@@ -2163,9 +2180,22 @@ def carried_by_threads(tmp_path_factory):
         yield hub
 
 
-@pytest.fixture(params=["carried", "carried_by_threads"])
+@pytest.fixture(scope="module")
+def carried_by_uwsgi(tmp_path_factory):
+    """ada's echo server behind uWSGI as the README has it."""
+    with carrying(tmp_path_factory.mktemp("uwsgi"), kind=InUWSGI) as hub:
+        yield hub
+
+
+@pytest.fixture(params=["carried", "carried_by_threads", "carried_by_uwsgi"])
 def either(request):
     """ada's echo server behind each kind of worker."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["carried", "carried_by_threads"])
+def either_gunicorn(request):
+    """ada's echo server behind each kind of gunicorn's workers, for what uWSGI does otherwise."""
     return request.getfixturevalue(request.param)
 
 
@@ -2320,7 +2350,7 @@ def test_events_arrive_when_they_happen(either):
         text = connection.makefile("rb")
         assert b"Content-Type: text/event-stream\r\n" in list(iter(text.readline, b"\r\n"))
         events = [line for line in itertools.islice(text, 12) if line.startswith(b"data:")]
-    assert events == [b"data: 0\n", b"data: 1\n", b"data: 2\n"]
+    assert events[:3] == [b"data: 0\n", b"data: 1\n", b"data: 2\n"]
 
 
 @pytest.mark.parametrize("message", ["caf\u00e9", b"\x00\xff", "x" * MEGABYTE, b"\x00" * MEGABYTE, ""],
@@ -2400,8 +2430,8 @@ def test_a_server_that_switches_protocols_unasked_is_not_believed(carried, scrip
 @pytest.mark.parametrize("path", [
     "/a%2Fb", "/a%20b%C3%A9%00", "/%7Euser/~user", "/a//b/../c/./d", "/a;b=1,c@d:e!$&'()*+", "/?", "/?q=%2F&&x=a+b&=;~",
     "/?q=\"<>[]{}|^`\\%zz%", "?next=/user/ada/?a=b", "/%25%3F%23?%23"])
-def test_paths_and_queries_arrive_as_they_were_sent(either, path):
-    answer = converse(either, f"GET /user/ada/echo{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+def test_paths_and_queries_arrive_as_they_were_sent(either_gunicorn, path):
+    answer = converse(either_gunicorn, f"GET /user/ada/echo{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["uri"] == f"/user/ada/echo{path}".removesuffix("?")
 
 
@@ -2411,8 +2441,8 @@ def test_a_client_of_http_1_0_is_served(either):
     assert b"chunked" not in head and body == b"x" * 100000
 
 
-def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(either):
-    with connect(either) as connection:
+def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(either_gunicorn):
+    with connect(either_gunicorn) as connection:
         connection.sendall(b"POST /user/ada/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"body")
@@ -2922,7 +2952,7 @@ def hosts_in_the_readme():
     """The README's table of hosts, a list of words for each."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
     begin = rows.index(["server", "API", "pages", "notebooks over HTTP", "websockets (kernels, terminals)"]) + 2
-    return {name: cells for name, *cells in rows[begin:begin + len(HOSTS)]}
+    return {name: cells for name, *cells in itertools.takewhile(lambda row: len(row) == len(rows[begin]), rows[begin:])}
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -2936,6 +2966,87 @@ def test_the_readmes_table_of_hosts_is_what_was_measured(name, at_home, tmp_path
 def test_the_readmes_table_of_hosts_names_no_other():
     assert hosts_in_the_readme().keys() == HOSTS.keys()
     assert "not measured" not in README
+
+
+def test_uwsgis_router_that_is_told_to_carries_websockets(tmp_path):
+    with carrying(tmp_path, "--http-websockets", kind=InUWSGIBehindItsRouter) as hub:
+        assert carries_websockets(hub)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 65536, 3 * MEGABYTE])
+def test_uwsgi_passes_on_uploads_of_any_length(carried_by_uwsgi, size):
+    body = os.urandom(size)
+    answer = json.loads(carried_by_uwsgi.request("POST", "/user/ada/upload", body).body)
+    assert answer == {"count": size, "sha256": hashlib.sha256(body).hexdigest()}
+
+
+def test_an_upload_that_uwsgi_has_read_already_arrives_whole(tmp_path):
+    with carrying(tmp_path, "--post-buffering", "10000", kind=InUWSGI) as hub:
+        for size in (5000, 20000):
+            assert json.loads(hub.request("POST", "/user/ada/upload", b"x" * size).body)["count"] == size
+
+
+def test_uwsgi_finds_no_fault_with_its_sockets_taken_away(carried_by_uwsgi):
+    for _ in range(2):
+        assert carried_by_uwsgi.request("POST", "/user/ada/upload", b"x" * MEGABYTE).status == 200
+    assert not re.search("error|broken pipe|sigpipe", carried_by_uwsgi.log.read_text(), re.IGNORECASE)
+
+
+def test_in_uwsgi_answers_do_not_come_in_chunks_which_nginx_would_pass_on_as_they_are(carried_by_uwsgi):
+    answer = carried_by_uwsgi.request("GET", "/user/ada/download?size=100000")
+    assert (answer.getheader("Transfer-Encoding"), answer.body) == (None, b"x" * 100000)
+
+
+@pytest.fixture
+def uwsgi(monkeypatch):
+    """What a program in a uWSGI worker imports."""
+    module = types.SimpleNamespace(opt={}, has_threads=1, connection_fd=lambda: 7, worker_id=lambda: 1)
+    monkeypatch.setitem(sys.modules, "uwsgi", module)
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)  # there is no taking them back
+    return module
+
+
+@pytest.mark.parametrize(("options", "more", "number"), [
+    ((), {}, 7), (("http",), {"UWSGI_ROUTER": "http"}, 7), (("https-socket",), {}, None), (("suwsgi-socket",), {}, None),
+    (("gevent",), {"x-wsgiorg.fdevent.readable": print}, None), ((), {"SERVER_PROTOCOL": "HTTP/2.0"}, None)])
+def test_uwsgi_lends_plain_sockets_of_requests_that_are_threads(uwsgi, options, more, number):
+    uwsgi.opt = dict.fromkeys(options, True)
+    assert minihub.client_socket_number(request_environ(**{"uwsgi.version": b"2.0", **more})) == number
+
+
+@pytest.mark.parametrize(("options", "number"), [(("http",), None), (("http", "http-websockets"), 7), (("http", "http-raw-body"), 7)])
+def test_a_websocket_needs_a_router_of_uwsgis_that_goes_on_listening(uwsgi, options, number):
+    uwsgi.opt = dict.fromkeys(options, True)
+    upgrade = {"HTTP_CONNECTION": "Upgrade", "HTTP_UPGRADE": "websocket", "UWSGI_ROUTER": "http", "uwsgi.version": b"2.0"}
+    assert minihub.client_socket_number(request_environ(**upgrade)) == number
+
+
+@pytest.fixture(scope="module")
+def in_mod_wsgi(tmp_path_factory):
+    """ada's echo server behind Apache with mod_wsgi as the README has it."""
+    with carrying(tmp_path_factory.mktemp("mod_wsgi"), kind=InModWSGI) as hub:
+        yield hub
+
+
+def test_mod_wsgi_passes_on_what_apache_likes_to_keep(in_mod_wsgi):
+    got = echoed(in_mod_wsgi, "POST", "/a%2Fb%20c?d=%2F", iter([b"bo", b"dy"]), {"Authorization": "Basic YWRhOnNlY3JldA=="})
+    assert (got["uri"], got["body"]) == ("/user/ada/echo/a%2Fb%20c?d=%2F", "body")
+    assert dict(got["headers"])["Authorization"] == "Basic YWRhOnNlY3JldA=="
+
+
+def test_mod_wsgi_streams(in_mod_wsgi):
+    with connect(in_mod_wsgi) as connection:
+        connection.sendall(b"GET /user/ada/events?count=100&pause=0.2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        events = [line for line in itertools.islice(connection.makefile("rb"), 25) if line.startswith(b"data:")]
+    assert events[:2] == [b"data: 0\n", b"data: 1\n"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_gunicorns_sync_workers_with_tls_need_to_be_several(tmp_path, workers):
+    with carrying(tmp_path, "--workers", str(workers), kind=WithTLS) as hub:
+        answer = hub.request("GET", "/user/ada/api")
+    assert (answer.status, b"Run the hub with gunicorn, or with more threads" in answer.body) == (
+        (200, False) if workers > 1 else (503, True))
 
 
 @pytest.fixture(scope="module", params=[Wsgiref, Werkzeug, Waitress, Cheroot])
@@ -7938,6 +8049,68 @@ def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(make_hub, s
             if secure_socket is not None:
                 environ["gunicorn.socket"] = tls if secure_socket else plain
             assert hub._own_address(environ) == address
+
+
+@pytest.mark.parametrize(("more", "address"), [
+    ({"uwsgi.version": b"2.0", "wsgi.url_scheme": "https"}, "http://127.0.0.1:8000"),
+    ({"uwsgi.version": b"2.0", "HTTPS": "on"}, "https://127.0.0.1:8000"),
+    ({"mod_wsgi.version": (6, 1), "mod_wsgi.listener_host": "", "mod_wsgi.listener_port": "80"}, "http://127.0.0.1:80"),
+    ({"mod_wsgi.version": (6, 1), "mod_wsgi.listener_host": "10.0.0.5", "mod_wsgi.listener_port": "80"}, "http://10.0.0.5:80")])
+def test_servers_reach_the_hub_where_the_host_listens_not_where_a_client_says(make_hub, more, address):
+    assert make_hub()._own_address(request_environ(SERVER_NAME="school.example", **more)) == address
+
+
+@pytest.mark.parametrize("kind", [InUWSGI, InModWSGI])
+def test_a_client_does_not_decide_where_servers_look_for_the_hub(kind, tmp_path):
+    with carrying(tmp_path, kind=kind) as hub:
+        hub.api("DELETE", "/users/ada/server", hub.token)
+        wait_for(lambda: not hub.api("GET", "/users/ada", hub.token)[1]["servers"])
+        lies = {"Host": "evil.example:99", "X-Forwarded-Proto": "https", "Authorization": f"token {hub.token}"}
+        assert hub.request("POST", "/hub/api/users/ada/server", headers=lies).status in (201, 202)
+        wait_for(lambda: hub.request("GET", "/user/ada/api").status == 200)
+        assert echoed(hub)["environ"]["JUPYTERHUB_API_URL"] == f"{hub.url}/hub/api"
+
+
+@pytest.mark.parametrize(("kind", "reload"), [(InUWSGI, signal.SIGHUP), (InModWSGI, signal.SIGUSR1)])
+def test_servers_live_on_when_other_hosts_reload_and_stop(kind, reload, tmp_path):
+    with carrying(tmp_path, kind=kind) as hub:
+        server, before = json.loads(hub.request("GET", "/user/ada/api").body)["pid"], hub.workers()
+        hub.process.send_signal(reload)
+        wait_for(lambda: hub.workers() and not set(before) & set(hub.workers()) and hub.is_up())
+        hub.stop()
+        hub.start()
+        assert json.loads(hub.request("GET", "/user/ada/api").body)["pid"] == server
+        assert hub.api("DELETE", "/users/ada/server", hub.token)[0] in (202, 204)
+
+
+def test_uwsgi_ends_at_once_though_websockets_are_open(tmp_path):
+    with carrying(tmp_path, kind=InUWSGI) as hub, contextlib.closing(websocket_to(hub)) as connection:
+        hub.stop()
+        assert (hub.process.returncode, read_all(connection.sock)) == (0, b"")
+
+
+@pytest.mark.parametrize(("threads", "status"), [(0, 503), (1, 200)])
+def test_an_older_uwsgi_needs_to_be_told_to_run_threads(hub, uwsgi, threads, status):
+    uwsgi.has_threads = threads
+    page = webtest.TestApp(hub, extra_environ={"uwsgi.version": "2.0.21"}).get("/hub/login", status=status)
+    assert ("Start it with --enable-threads" in page.text) == (status == 503)
+
+
+def test_in_uwsgis_master_nothing_ticks_but_in_its_workers_at_once(make_hub, uwsgi):
+    hub = make_hub(tick_interval=0.01)
+    uwsgi.worker_id = lambda: 0
+    hub.tick_in_workers()
+    assert hub._ticking is None
+    uwsgi.post_fork_hook()
+    assert not hub._ticking.is_set()
+    hub.close()
+
+
+def test_a_uwsgi_worker_that_loads_the_hub_itself_ticks_at_once(make_hub, uwsgi):
+    hub = make_hub(tick_interval=0.01)
+    hub.tick_in_workers()
+    assert not hub._ticking.is_set()
+    hub.close()
 
 
 
