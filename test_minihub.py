@@ -2881,7 +2881,7 @@ class InModWSGI(LiveHub):
         program, words = readme_command("mod_wsgi-express")
         if not program:
             pytest.skip("apt-get install apache2 apache2-dev gcc python3-dev && pip install mod_wsgi")
-        (self.folder / "hub.conf").write_text(readme_text("AllowEncodedSlashes", "apache"))
+        (self.folder / "hub.conf").write_text(readme_text("WSGIPassAuthorization", "apache"))
         words[words.index("8000")] = str(self.port)
         not_root = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+dac_override",
                     "--ambient-caps=+dac_override"] if os.geteuid() == 0 else []
@@ -8111,7 +8111,6 @@ def test_a_uwsgi_worker_that_loads_the_hub_itself_ticks_at_once(make_hub, uwsgi)
     hub.tick_in_workers()
     assert not hub._ticking.is_set()
     hub.close()
-
 
 
 #: What starts each web server, what installs it, and what a whole configuration needs besides the README's part.
