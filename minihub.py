@@ -5405,7 +5405,7 @@ class Hub(HubCore):
     def shut_down(self, servers: bool, proxy: bool, environ: dict[str, Any]) -> None:
         """End the hub once this request is answered: services, on demand servers and proxy, then the WSGI server.
 
-        Only a gunicorn that runs `minihub:app` is ended, with all its workers. Somebody else's application is never
+        Only a gunicorn or uWSGI that runs `minihub:app` is ended, with all its workers. Somebody else's application is never
         killed: the setting `on_shutdown` is called instead.
         """
         log.warning("shutting down%s%s", ", with all servers" if servers else "", ", with the proxy" if proxy else "")
@@ -5432,6 +5432,8 @@ class Hub(HubCore):
             self.settings.on_shutdown()
         elif self._owns_host and "gunicorn.socket" in environ:
             os.kill(os.getppid(), signal.SIGTERM)
+        elif self._owns_host and "uwsgi.version" in environ:
+            os.kill(sys.modules["uwsgi"].masterpid() or os.getpid(), signal.SIGINT)  # a SIGTERM may only restart it
         else:
             log.warning("the WSGI server goes on: the hub cannot end it, and the setting on_shutdown is not set")
 

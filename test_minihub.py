@@ -3411,11 +3411,12 @@ def test_nbgrader_manages_the_students_of_a_course(live, monkeypatch):
     assert plugin.get_student_courses("ada") == [] == plugin.get_student_courses("*")
 
 
-def test_a_shutdown_ends_gunicorn_and_the_servers_it_is_told_to(live, tmp_path):
-    hub = start_echo(live, tmp_path, "-w", "2")
-    assert hub.api("POST", "/shutdown", hub.command("token", "root"), {"servers": True})[0] == 202
-    assert hub.process.wait(30) == 0
-    wait_for(lambda: "stopped" in hub.rows("SELECT status FROM servers JOIN users ON user_id = users.id WHERE users.name = 'ada'"))
+@pytest.mark.parametrize("kind", [LiveHub, InUWSGI])
+def test_a_shutdown_ends_the_wsgi_server_and_the_servers_it_is_told_to(tmp_path, kind):
+    with carrying(tmp_path, "--workers", "2", kind=kind) as hub:
+        assert hub.api("POST", "/shutdown", hub.command("token", "root"), {"servers": True})[0] == 202
+        assert hub.process.wait(30) == 0
+        wait_for(lambda: status_of(hub) == "stopped")
 @pytest.fixture
 def opened(hub):
     """The hub, with its database open in this thread."""
