@@ -5043,11 +5043,13 @@ class UserUrlPage(Resource):
         name, _, path = rest.partition("/")
         user, mount = req.context.user, req.env["minihub.mount"]
         own = self.hub.authenticator.normalize(name) == user.name
-        here = mount.base + target_below(req.env, "/hub/")
         if not own and not user.admin:
             resp.status, resp.location = 302, f"{self.hub.url_of(user.name, '')}{quote(path)}"
             return
-        server = self._server(self.hub.find_user(name), path)
+        owner = self.hub.find_user(name)
+        server = self._server(owner, path)
+        above = "/".join(req.env["PATH_INFO"].split("/")[:4])  # /hub/user/NAME, which routes may spell otherwise
+        here = mount.server_prefix(owner.name, "") + target_below(req.env, f"{above}/")
         if server.status == "ready":
             self.hub.add_route(server)  # or this could go round for ever
             resp.status, resp.location = 302, self.hub.users_site(server.user.name) + here

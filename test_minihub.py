@@ -6504,6 +6504,19 @@ def test_the_address_of_a_server_that_runs_leads_back_to_it(hub):
     assert pages.get("/hub/user/ada/lab/a%20b?x=1", status=302).headers["Location"] == "/user/ada/lab/a%20b?x=1"
 
 
+@pytest.mark.parametrize("path", ["/hub/user/ADA/lab/a%2Fb?x=1", "/hub/user/%EF%BD%81da/lab/a%2Fb?x=1", "/hub/user/a%44a/lab/a%2Fb?x=1"])
+def test_the_address_of_a_server_that_runs_leads_back_to_it_however_its_owner_is_spelled(hub, path):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    assert pages.get(path, extra_environ={"RAW_URI": path}, status=302).headers["Location"] == "/user/ada/lab/a%2Fb?x=1"
+
+
+def test_the_address_of_a_server_that_runs_may_end_with_its_owner(hub):
+    pages = pages_of(hub, "ada")
+    pages.get("/hub/spawn/ada").form.submit(status=303).follow()
+    assert pages.get("/hub/user/Ada?x=1", status=302).headers["Location"] == "/user/ada/?x=1"
+
+
 @pytest.mark.parametrize("method, path, accept", [("GET", "/user/ada/api/contents", "*/*"), ("POST", "/user/ada/lab", "text/html"),
                                                   ("GET", "/user/ada/lab", "application/json"), ("GET", "/user/eve/api", "*/*")])
 def test_programs_are_told_that_a_server_does_not_run(hub, method, path, accept):
