@@ -5300,7 +5300,8 @@ class Hub(HubCore):
         """What to answer where servers have a host name of their own and this is not the one for the path, or None."""
         host, (_, kind, name, *_) = environ["minihub.client"].host, f"{environ['PATH_INFO']}//".split("/")
         if kind == "user" and name:
-            right = self.users_site(self.authenticator.normalize(name.encode("latin-1").decode("utf-8", "replace")))
+            # Not normalized: a route is for one spelling of a name, and belongs on one host.
+            right = self.users_site(name.encode("latin-1").decode("utf-8", "replace"))
         else:
             right = self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
         if not right or is_host_of(right, host):

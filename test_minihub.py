@@ -43,7 +43,7 @@ import wsgiref.simple_server
 from datetime import timedelta
 from pathlib import Path
 from random import Random
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 
 import pytest
 import requests
@@ -7129,7 +7129,7 @@ def on_two_hosts(make_hub):
 
 @pytest.mark.parametrize(("host", "path", "place"), [
     ("hub.example", "/user/ada/lab?a=b%2F", "https://ada.nb.example/user/ada/lab?a=b%2F"), ("127.0.0.1:8000", "/user/ada/", "https://ada.nb.example/user/ada/"),
-    ("bob.nb.example", "/user/ada/", "https://ada.nb.example/user/ada/"), ("nb.example", "/user/Ada/", "https://ada.nb.example/user/Ada/"),
+    ("bob.nb.example", "/user/ada/", "https://ada.nb.example/user/ada/"), ("nb.example", "/user/Ada/", f"https://{minihub.host_label('Ada')}.nb.example/user/Ada/"),
     ("hub.example", "/user/a.b/", f"https://{minihub.host_label('a.b')}.nb.example/user/a.b/"),
     ("ada.nb.example", "/hub/login", "https://hub.example/hub/login"), ("ADA.nb.example:443", "/", "https://hub.example/"),
     ("ada.nb.example", "/hub/api/user", "https://hub.example/hub/api/user"), ("ada.nb.example", "/user/", "https://hub.example/user/"),
@@ -7139,6 +7139,34 @@ def test_where_servers_have_a_host_each_page_has_its_own(on_two_hosts, host, pat
     answer = on_two_hosts.at(host).get(path, status="*")
     assert (answer.location if (answer.location or "").startswith("https:") else None) == place
     assert place is None or answer.status_int == 302
+
+
+class OnlyPlainNames(minihub.DummyAuthenticator):
+    """Keeps capitals, and takes no name that its directory could not hold."""
+
+    def normalize(self, name):
+        if not name.isascii():
+            raise minihub.BadRequest(f"No name: {name}")
+        return name
+
+
+def test_a_host_is_for_names_as_routes_spell_them_whatever_the_authenticator_says(make_hub, spawner):
+    hub = make_hub(**TWO_HOSTS, authenticator=OnlyPlainNames(), password=PASSWORD)
+    with hub.connected():
+        hub.create_user("Ada")
+    address = hub.start_server("Ada")
+    assert urlsplit(address).netloc == f"{minihub.host_label('Ada')}.nb.example"
+    assert pages_of(hub, HTTP_HOST="hub.example").get("/user/Ada/", status=302).location == address
+    assert pages_of(hub, HTTP_HOST="hub.example").get("/user/%C3%A9/", status=302).location.endswith(".nb.example/user/%C3%A9/")
+
+
+def test_a_name_in_capitals_leads_to_the_host_of_its_server(on_two_hosts, spawner):
+    ada, place = on_two_hosts.at("hub.example", "ada"), "https://hub.example/user/ADA/lab?a=b"
+    on_two_hosts.start_server("ada")
+    for _ in range(4):
+        host, path = re.fullmatch("https://([^/]+)(.*)", place).groups()
+        place = urljoin(place, ada.get(path, headers={"Host": host}, status=302).location)
+    assert place == "https://ada.nb.example/user/ada/lab?a=b"
 
 
 @pytest.mark.parametrize(("host", "path", "method", "environ"), [
