@@ -166,7 +166,11 @@ class Settings:
             _demand(USER_URL.fullmatch(self.user_url), "user_url", "must look like https://host or https://{username}.host",
                     self.user_url)
             _demand(self.public_url, "user_url", "needs public_url, where the hub's own pages are", self.user_url)
-            _demand(not any(is_host_of(self.user_url, urlsplit(url).netloc) for url in (self.public_url, self.hub_url)),
+            _demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", self.user_url), "user_url",
+                    "must be a host's name: at its IP address servers reach the hub", self.user_url)
+            anywhere = re.sub(":[0-9]+$", "", self.user_url)  # cookies know no ports (RFC 6265, 8.5)
+            _demand(not is_host_of(anywhere, urlsplit(self.public_url).hostname)
+                    and not is_host_of(self.user_url, urlsplit(self.hub_url).netloc),
                     "user_url", "must be another host than public_url's and hub_url's", self.user_url)
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)

@@ -698,11 +698,23 @@ def test_a_setting_that_cannot_be_right_is_refused(make_hub, setting, value):
     ({"user_url": "https://nb.example", "public_url": ""}, "needs public_url"),
     ({"user_url": "https://hub.example"}, "must be another host than public_url's and hub_url's"),
     ({"user_url": "https://{username}.example:443"}, "must be another host than public_url's and hub_url's"),
-    ({"user_url": "http://10.0.0.1:80", "hub_url": "http://10.0.0.1"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "https://HUB.example:8443"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "http://nb.example:80", "hub_url": "http://nb.example"}, "must be another host than public_url's and hub_url's"),
+    ({"user_url": "http://127.0.0.1:8000"}, "must be a host's name: at its IP address servers reach the hub"),
+    ({"user_url": "http://10.0.0.1"}, "must be a host's name: at its IP address servers reach the hub"),
     ({"user_url": "https://nb.example", "proxy": "chp"}, "needs the hub's own proxy")])
 def test_a_host_for_servers_that_cannot_be_theirs_stops_the_hub(make_hub, settings, problem):
     with pytest.raises(minihub.SettingError, match=f"^Setting user_url .* {re.escape(problem)}"):
         make_hub(**{"public_url": "https://hub.example", **settings})
+
+
+@pytest.mark.parametrize("places", [
+    {"public_url": "https://hub.example", "user_url": "https://nb.example", "hub_url": "http://nb.example:8000"},
+    {"public_url": "http://localhost:8000", "user_url": "http://{username}.localhost:8000"},
+    {"public_url": "https://hub.nb.example", "user_url": "https://nb.example:8443"}])
+def test_a_host_for_servers_needs_only_a_name_of_its_own(places):
+    settings = minihub.Settings(**places)
+    assert {name: getattr(settings, name) for name in places} == places
 
 
 @pytest.mark.parametrize(("url", "host", "is_it"), [
