@@ -162,6 +162,7 @@ class Settings:
             value = getattr(self, name)
             _demand(not value or _is_address(value), name, "must look like https://host", value)
             object.__setattr__(self, name, value.rstrip("/"))
+        object.__setattr__(self, "user_url", self.user_url.rstrip("/"))
         if self.user_url:
             _demand(USER_URL.fullmatch(self.user_url), "user_url", "must look like https://host or https://{username}.host",
                     self.user_url)

@@ -713,7 +713,7 @@ def test_a_host_for_servers_that_cannot_be_theirs_stops_the_hub(make_hub, settin
     {"public_url": "http://localhost:8000", "user_url": "http://{username}.localhost:8000"},
     {"public_url": "https://hub.nb.example", "user_url": "https://nb.example:8443"}])
 def test_a_host_for_servers_needs_only_a_name_of_its_own(places):
-    settings = minihub.Settings(**places)
+    settings = minihub.Settings(**{name: f"{url}/" for name, url in places.items()})
     assert {name: getattr(settings, name) for name in places} == places
 
 
