@@ -2770,18 +2770,21 @@ class HubCore:
     def note_use(self, identity: Identity) -> None:
         """Note that a token was used by its owner; what a server does by itself with its token does not count."""
         if identity.server_id is None:
-            self._note_in_passing(Token, identity.token_id, identity.token_last_activity)
-            if identity.kind == "user":
-                self._note_in_passing(User, identity.user_id, identity.last_activity)
+            owner = [(User, identity.user_id, identity.last_activity)] if identity.kind == "user" else []
+            self._note_in_passing((Token, identity.token_id, identity.token_last_activity), *owner)
 
     def note_visit(self, user: User) -> None:
         """Note that a user was here in person."""
-        self._note_in_passing(User, user.id, user.last_activity)
+        self._note_in_passing((User, user.id, user.last_activity))
 
-    def _note_in_passing(self, model, row_id, before):
-        """Note an activity if that can be done: while the disk is full, what only reads goes on."""
+    def _note_in_passing(self, *notes):
+        """Note activities if that can be done: while the disk is full, what only reads goes on.
+
+        After one that fails none is tried: a locked database makes each wait 15 seconds, and gunicorn ends a worker after 30.
+        """
         try:
-            self.note_activity(model, row_id, before)
+            for model, row_id, before in notes:
+                self.note_activity(model, row_id, before)
         except DatabaseTrouble as error:
             log.error("the database does not take notes: %s", error)
 

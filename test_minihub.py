@@ -7948,6 +7948,7 @@ def test_a_database_that_takes_no_notes_can_still_be_read(hub, root, pass_time, 
         hub.database.execute_sql("PRAGMA query_only = 1")
     try:
         assert root("GET", "/user").json["name"] == "root"
+        assert caplog.text.count("the database does not take notes") == 1  # after which it is not asked to take another
         assert root("POST", "/users/eve", status=503).json == error(503, minihub.NO_DATABASE)
     finally:
         with hub.connected():
