@@ -5299,6 +5299,8 @@ class Hub(HubCore):
         """What to answer outside of base_url, or None: JupyterHub, too, leads from there to the same path among its pages."""
         if environ["SCRIPT_NAME"].endswith(self._base_in_wsgi.rstrip("/")):
             return None
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return NotFound(f"The hub is below {self.settings.base_url}")
         inside = environ["minihub.mount"].base[:-1] + quote(self.settings.base_url, safe="/@~")
         return falcon.HTTPFound(f"{inside}hub{target_below(environ, '')}")
 

@@ -7301,6 +7301,11 @@ def test_a_request_outside_of_base_url_is_led_inside_and_does_not_move_the_hub(m
         assert hub.mount.base == "/lab/"
 
 
+def test_what_cannot_be_led_inside_of_base_url_is_not_found(make_hub):
+    response = webtest.TestApp(make_hub(base_url="/lab/"), lint=True).post("/hub/api/users/ada", status=404)
+    assert response.json == error(404, "The hub is below /lab/")
+
+
 def test_links_made_before_the_first_request_lead_below_the_base_url(make_hub):
     hub = people(make_hub(base_url="/\u00fcben/", public_url="https://school.example"))
     with hub.connected():
