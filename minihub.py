@@ -118,7 +118,7 @@ class Settings:
     default_url: str = ""                       # where Jupyter opens, for example /lab/tree/start.ipynb
     env_keep: tuple[str, ...] = ()              # further variables of the hub's that servers inherit
     base_url: str = "/"                         # put before every path, below the mount point if there is one
-    public_url: str = ""                        # https://host of the browsers' side, for links that are printed
+    public_url: str = ""                        # https://host where browsers find the hub, for links that are printed
     user_url: str = ""                          # https://host or https://{username}.host for users' servers; see Limits
     hub_url: str = ""                           # http://host:port where servers reach the hub; default: its own address
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")  # whose X-Forwarded-* headers are believed
@@ -1366,7 +1366,7 @@ def target_below(environ: dict[str, Any], above: str) -> str:
 
 
 def request_target(environ: dict[str, Any]) -> str:
-    """Path and query as the client sent them, percent-encoding and all, below the mount point in the hub's own spelling."""
+    """Path and query as the client sent them, percent-encoding and all; only the mount point is in the hub's own spelling."""
     return quote(environ.get("SCRIPT_NAME", ""), safe="/@~", encoding="latin-1") + target_below(environ, "")
 
 
@@ -1593,7 +1593,7 @@ class Splicer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the process may need the sockets it can still open for other things than connections, of two each."""
+        """Whether one more connection, of two sockets, would take what the process needs for other things."""
         return 2 * len(self._tasks) >= 0.8 * resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def carry(self, connection: Connection) -> None:
@@ -5453,7 +5453,7 @@ class Hub(HubCore):
     # For the site that the hub is mounted in: these work anywhere, also where there is no request
 
     def start_server(self, name: str, server_name: str = "", options: dict[str, Any] | None = None) -> str:
-        """Start a user's server and return its `url_of` at once; `on_server_started` tells when it is ready.
+        """Start a user's server and return at once where it will be, as `url_of`; `on_server_started` tells when it is ready.
 
         Without `options` it gets those of its last start. One that is starting goes on. Raises NotFound for an unknown
         user, BadRequest if it runs or is stopping, TooMany at a limit. Where the hub is mounted it learns from its first
