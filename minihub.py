@@ -164,15 +164,7 @@ class Settings:
             object.__setattr__(self, name, value.rstrip("/"))
         object.__setattr__(self, "user_url", self.user_url.rstrip("/"))
         if self.user_url:
-            _demand(USER_URL.fullmatch(self.user_url), "user_url", "must look like https://host or https://{username}.host",
-                    self.user_url)
-            _demand(self.public_url, "user_url", "needs public_url, where the hub's own pages are", self.user_url)
-            _demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", self.user_url), "user_url",
-                    "must be a host's name: at its IP address servers reach the hub", self.user_url)
-            anywhere = re.sub(":[0-9]+$", "", self.user_url)  # cookies know no ports (RFC 6265, 8.5)
-            _demand(not is_host_of(anywhere, urlsplit(self.public_url).hostname)
-                    and not is_host_of(self.user_url, urlsplit(self.hub_url).netloc),
-                    "user_url", "must be another host than public_url's and hub_url's", self.user_url)
+            self._check_user_url()
         _demand(self.authenticator != "dummy" or self.password, "password",
                 "must be set, because the dummy authenticator lets everybody in who knows it", self.password)
         _demand(self.remote_user_variable and not self.remote_user_variable.upper().startswith("HTTP_"),
@@ -193,6 +185,18 @@ class Settings:
         object.__setattr__(self, "services", tuple(specs))
         for value in self.trusted_proxies:
             _parse("trusted_proxies", ipaddress.ip_network, value, "an IP address or network")
+
+    def _check_user_url(self):
+        """Servers must be where browsers take them for strangers to the hub, and where no server looks for the hub."""
+        def demand(condition, problem):
+            _demand(condition, "user_url", problem, self.user_url)
+
+        demand(USER_URL.fullmatch(self.user_url), "must look like https://host or https://{username}.host")
+        demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", self.user_url), "must be a host's name: at its IP address servers reach the hub")
+        demand(self.public_url, "needs public_url, where the hub's own pages are")
+        anywhere = re.sub(":[0-9]+$", "", self.user_url)  # cookies know no ports (RFC 6265, 8.5)
+        demand(not is_host_of(anywhere, urlsplit(self.public_url).hostname)
+               and not is_host_of(self.user_url, urlsplit(self.hub_url).netloc), "must be another host than public_url's and hub_url's")
 
     def _check_type(self, field):
         value, kind = getattr(self, field.name), field.type
@@ -861,6 +865,15 @@ def remember(key: str, value: Any) -> Any:
 def store(key: str, value: Any) -> None:
     """Make `value` the hub's fact `key`."""
     upsert(Setting.key, key, value=value)
+
+
+@contextlib.contextmanager
+def in_passing() -> Iterator[None]:
+    """What is written here is written if that can be done: while the disk is full, what only reads goes on."""
+    try:
+        yield
+    except DatabaseTrouble as error:
+        log.error("the database does not take notes: %s", error)
 
 
 ########################################################################################################
@@ -2264,7 +2277,8 @@ class HubCore:
         """Note where a request has reached the hub, for the ticker and the command line, which have no request."""
         if mount != self._mount:
             self._mount = mount
-            store("mount", dataclasses.asdict(mount))
+            with in_passing():
+                store("mount", dataclasses.asdict(mount))
 
     @property
     def mount(self) -> Mount:
@@ -2770,23 +2784,15 @@ class HubCore:
     def note_use(self, identity: Identity) -> None:
         """Note that a token was used by its owner; what a server does by itself with its token does not count."""
         if identity.server_id is None:
-            owner = [(User, identity.user_id, identity.last_activity)] if identity.kind == "user" else []
-            self._note_in_passing((Token, identity.token_id, identity.token_last_activity), *owner)
+            with in_passing():  # after one that fails none is tried: each can wait 15 seconds, and gunicorn kills after 30
+                self.note_activity(Token, identity.token_id, identity.token_last_activity)
+                if identity.kind == "user":
+                    self.note_activity(User, identity.user_id, identity.last_activity)
 
     def note_visit(self, user: User) -> None:
         """Note that a user was here in person."""
-        self._note_in_passing((User, user.id, user.last_activity))
-
-    def _note_in_passing(self, *notes):
-        """Note activities if that can be done: while the disk is full, what only reads goes on.
-
-        After one that fails none is tried: a locked database makes each wait 15 seconds, and gunicorn ends a worker after 30.
-        """
-        try:
-            for model, row_id, before in notes:
-                self.note_activity(model, row_id, before)
-        except DatabaseTrouble as error:
-            log.error("the database does not take notes: %s", error)
+        with in_passing():
+            self.note_activity(User, user.id, user.last_activity)
 
     def note_activity(self, model: type[Row], row_id: int, before: datetime | None, at: datetime | None = None) -> None:
         """Note that a token, user or server was used at `at` (default: now), unless the last note is recent or later."""
@@ -5261,12 +5267,13 @@ class Hub(HubCore):
         client = Client.of(environ, self.settings.trusted_proxies)
         script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO") or "/"
         above = self._base_in_wsgi.rstrip("/")
-        if f"{path}/".startswith(f"{above}/"):
+        base = quote((script + above).encode("latin-1"), safe="/@~") + "/"
+        is_inside = f"{path}/".startswith(f"{above}/")
+        if is_inside:
             script, path = script + above, path[len(above):] or "/"
-        base = quote(script.encode("latin-1"), safe="/@~") + "/"
         address = self.settings.hub_url or self._own_address(environ)
         return {**environ, "SCRIPT_NAME": script, "PATH_INFO": path, "minihub.client": client,
-                "minihub.mount": Mount(base, address)}
+                "minihub.mount": Mount(base, address), "minihub.is_inside": is_inside}
 
     def _own_address(self, environ):
         """Where servers on this machine reach the WSGI host: at what it listens on, whichever of the machine's addresses a
@@ -5297,12 +5304,11 @@ class Hub(HubCore):
 
     def _outside(self, environ):
         """What to answer outside of base_url, or None: JupyterHub, too, leads from there to the same path among its pages."""
-        if environ["SCRIPT_NAME"].endswith(self._base_in_wsgi.rstrip("/")):
+        if environ["minihub.is_inside"]:
             return None
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return NotFound(f"The hub is below {self.settings.base_url}")
-        inside = environ["minihub.mount"].base[:-1] + quote(self.settings.base_url, safe="/@~")
-        return falcon.HTTPFound(f"{inside}hub{target_below(environ, '')}")
+        return falcon.HTTPFound(environ["minihub.mount"].hub + target_below(environ, "/"))
 
     # Requests for servers
 

@@ -107,7 +107,7 @@ def wait_for(condition, seconds=20, message="it did not happen"):
         if value := condition():
             return value
         time.sleep(0.02)
-    pytest.fail(f"{message} within {seconds} s")
+    pytest.fail(f"{message() if callable(message) else message} within {seconds} s")
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -511,7 +511,7 @@ class LiveHub:
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(self.words, cwd=self.folder, env=self.environ, stdout=output, stderr=output,
                                             start_new_session=True)
-        wait_for(self.is_up, message=f"the hub did not start: {self.log.read_text()}")
+        wait_for(self.is_up, message=lambda: f"the hub did not start: {self.log.read_text()}")
         return self
 
     def is_up(self):
@@ -2900,15 +2900,20 @@ class InModWSGI(LiveHub):
         return [*not_root, program, *words, "--server-root", str(self.folder / "apache"), "--log-to-terminal", *self.options]
 
 
+def make_certificate(folder):
+    """Put a certificate for this machine, which nobody trusts yet, and its key into a folder, as tls.pem and tls.key."""
+    if not OPENSSL:
+        pytest.skip("apt-get install openssl")
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    files = ["-keyout", folder / "tls.key", "-out", folder / "tls.pem"]
+    subprocess.run([OPENSSL, *words.split(), *files], check=True, capture_output=True)
+
+
 class WithTLS(LiveHub):
     """A gunicorn that ends TLS itself, with a certificate for this machine that its servers are told to trust."""
 
     def __init__(self, folder, *options, **settings):
-        if not OPENSSL:
-            pytest.skip("apt-get install openssl")
-        files = ["-keyout", folder / "tls.key", "-out", folder / "tls.pem"]
-        words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-        subprocess.run([OPENSSL, *words.split(), *files], check=True, capture_output=True)
+        make_certificate(folder)
         super().__init__(folder, "--keyfile", "tls.key", "--certfile", "tls.pem", *options, env_keep="SSL_CERT_FILE", **settings)
         self.tls = ssl.create_default_context(cafile=folder / "tls.pem")
 
@@ -7306,6 +7311,17 @@ def test_what_cannot_be_led_inside_of_base_url_is_not_found(make_hub):
     assert response.json == error(404, "The hub is below /lab/")
 
 
+def test_a_page_outside_of_base_url_leads_inside(make_hub):
+    response = webtest.TestApp(make_hub(base_url="/lab/"), lint=True).post("/grades", status=404)
+    assert response.html.main.a["href"] == "/lab/hub/home"
+
+
+def test_a_mount_point_is_not_taken_for_a_base_url_that_is_spelled_alike(make_hub):
+    site = mounted(make_hub(base_url="/lab/"), "/lab")
+    assert site.get("/lab/lab/hub/login", status=200).html.h1.text == "Sign in"
+    assert site.get("/lab/hub/login", status=302).location == "/lab/lab/hub/hub/login"
+
+
 def test_links_made_before_the_first_request_lead_below_the_base_url(make_hub):
     hub = people(make_hub(base_url="/\u00fcben/", public_url="https://school.example"))
     with hub.connected():
@@ -7696,9 +7712,9 @@ def discrepancies(hub):
     return {what: wrong for what, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize(("options", "share"), [("-w 4", 1), ("-w 2 --threads 4 --preload", 1 / 2)])
+@pytest.mark.parametrize(("options", "share"), [("-w 4", 1), ("-w 2 --threads 4 --preload", 1 / 4)])
 def test_in_chaos_nothing_is_lost(live, tmp_path, options, share):
-    seconds = float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10)) * share
+    seconds = max(6, float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10)) * share)
     hub = start_mocked(live, tmp_path, *options.split(), start_timeout=20)
     hub.start_server("ada", hub.token)
     kept, over, answers, random = pid_of(hub), threading.Event(), [], Random(4)
@@ -8211,14 +8227,11 @@ Listen 127.0.0.1:{port}
 
 @pytest.fixture(scope="module")
 def below_lab(tmp_path_factory):
-    """A gunicorn with ada's echo server, below /lab; `.tls` is where a certificate and its key are, but for .pem and .key."""
-    if not OPENSSL:
-        pytest.skip("apt-get install openssl")
+    """A gunicorn with ada's echo server, below /lab; in its folder is the certificate for a web server in front."""
     folder = tmp_path_factory.mktemp("lab")
-    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    subprocess.run([OPENSSL, *words.split(), "-keyout", folder / "tls.key", "-out", folder / "tls.pem"], check=True, capture_output=True)
+    make_certificate(folder)
     hub = LiveHub(folder, authenticator="dummy", password=PASSWORD, base_url="/lab/", cmd=f"{sys.executable} {folder / 'echo.py'}")
-    hub.prefix, hub.tls = "/lab", str(folder / "tls")
+    hub.prefix = "/lab"
     (folder / "echo.py").write_text(ECHO_SERVER)
     try:
         hub.start()
@@ -8240,7 +8253,7 @@ def behind_a_web_server(request, below_lab, tmp_path_factory):
         pytest.skip(install)
     folder, port, readme = tmp_path_factory.mktemp(request.param), minihub.free_port(), readme_text("school.example", request.param)
     for old, new in (("listen 443", f"listen 127.0.0.1:{port}"), ("*:443", f"127.0.0.1:{port}"), ("school.example {", f"localhost:{port} {{"),
-                     ("/etc/ssl/school.example", below_lab.tls), ("school.example", "localhost"),
+                     ("/etc/ssl/school.example", f"{below_lab.folder}/tls"), ("school.example", "localhost"),
                      ("127.0.0.1:8000", f"127.0.0.1:{below_lab.port}")):
         readme = readme.replace(old, new)
     names = ["mpm_event", "authz_core", "proxy", *"".join(re.findall("a2enmod (.*)", readme)).split()]
@@ -8262,7 +8275,7 @@ def behind_a_web_server(request, below_lab, tmp_path_factory):
 def tls_browser(below_lab):
     """A browser that believes in the certificate."""
     with requests.Session() as browser:
-        browser.verify, browser.trust_env = f"{below_lab.tls}.pem", False
+        browser.verify, browser.trust_env = below_lab.folder / "tls.pem", False
         yield browser
 
 
@@ -8314,7 +8327,7 @@ def test_behind_a_web_server_events_arrive_when_they_happen(behind_a_web_server,
 def test_behind_a_web_server_websockets_carry_messages(below_lab, behind_a_web_server):
     websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
     with contextlib.closing(websocket.create_connection(
-            f"{behind_a_web_server.replace('https', 'wss')}/user/ada/socket", sslopt={"ca_certs": f"{below_lab.tls}.pem"}, timeout=10)) as connection:
+            f"{behind_a_web_server.replace('https', 'wss')}/user/ada/socket", sslopt={"ca_certs": below_lab.folder / "tls.pem"}, timeout=10)) as connection:
         connection.send("hello")
         assert connection.recv() == "hello"
 
@@ -8328,7 +8341,7 @@ def test_past_a_web_server_nobody_can_say_how_the_browser_reaches_the_hub(behind
 
 
 def test_past_a_web_server_nobody_can_say_where_the_browser_is(below_lab, behind_a_web_server):
-    trusting = ssl.create_default_context(cafile=f"{below_lab.tls}.pem")
+    trusting = ssl.create_default_context(cafile=below_lab.folder / "tls.pem")
     connection = http.client.HTTPSConnection(urlsplit(behind_a_web_server).netloc, source_address=("127.0.0.2", 0), context=trusting)
     with contextlib.closing(connection):
         connection.request("POST", "/lab/hub/api/users/ada/tokens", json.dumps({"auth": {"username": "ada", "password": "wrong"}}),
