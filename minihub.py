@@ -192,11 +192,13 @@ class Settings:
             _demand(condition, "user_url", problem, self.user_url)
 
         demand(USER_URL.fullmatch(self.user_url), "must look like https://host or https://{username}.host")
-        demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", self.user_url), "must be a host's name: at its IP address servers reach the hub")
+        demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", self.user_url),
+               "must be a host's name: at its IP address servers reach the hub")
         demand(self.public_url, "needs public_url, where the hub's own pages are")
         anywhere = re.sub(":[0-9]+$", "", self.user_url)  # cookies know no ports (RFC 6265, 8.5)
         demand(not is_host_of(anywhere, urlsplit(self.public_url).hostname)
-               and not is_host_of(self.user_url, urlsplit(self.hub_url).netloc), "must be another host than public_url's and hub_url's")
+               and not is_host_of(self.user_url, urlsplit(self.hub_url).netloc),
+               "must be another host than public_url's and hub_url's")
 
     def _check_type(self, field):
         value, kind = getattr(self, field.name), field.type
@@ -5239,12 +5241,8 @@ class Hub(HubCore):
         try:
             with self.connected():
                 environ = self._below_base(environ)
-                if "HTTP_SCRIPT_NAME" in environ:
-                    return self._falcon({**environ, "minihub.error": BadRequest(NO_SCRIPT_NAME)}, start_response)
-                if misplaced := (self.settings.user_url and self._misplaced(environ)) or self._outside(environ):
-                    return self._falcon({**environ, "minihub.error": misplaced}, start_response)
-                if "uwsgi.version" in environ and not sys.modules["uwsgi"].has_threads:
-                    return self._falcon({**environ, "minihub.error": Unavailable(NO_THREADS)}, start_response)
+                if refusal := self._refusal(environ):
+                    return self._falcon({**environ, "minihub.error": refusal}, start_response)
                 self.arrive(environ["minihub.mount"])
                 self.start_ticker()
                 route = self._find_route(environ["minihub.mount"], environ["PATH_INFO"])
@@ -5275,6 +5273,39 @@ class Hub(HubCore):
         return {**environ, "SCRIPT_NAME": script, "PATH_INFO": path, "minihub.client": client,
                 "minihub.mount": Mount(base, address), "minihub.is_inside": is_inside}
 
+    def _refusal(self, environ):
+        """What to answer a request that has come to the wrong place, or in a way in which none can be served; else None."""
+        if "HTTP_SCRIPT_NAME" in environ:
+            return BadRequest(NO_SCRIPT_NAME)
+        if "uwsgi.version" in environ and not sys.modules["uwsgi"].has_threads:
+            return Unavailable(NO_THREADS)
+        return self._misplaced(environ) or self._outside(environ)
+
+    def _misplaced(self, environ):
+        """What to answer where servers have a host name of their own and this is not the one for the path, or None."""
+        if not self.settings.user_url:
+            return None
+        host, (_, kind, name, *_) = environ["minihub.client"].host, f"{environ['PATH_INFO']}//".split("/")
+        if kind == "user" and name:
+            # Not normalized: a route is for one spelling of a name, and belongs on one host.
+            right = self.users_site(name.encode("latin-1").decode("utf-8", "replace"))
+        else:
+            right = self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
+        if not right or is_host_of(right, host):
+            return None
+        place = right + request_target(environ)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or is_websocket(environ):
+            return Misdirected(f"This is to be found at {place} only")
+        return falcon.HTTPFound(place)
+
+    def _outside(self, environ):
+        """What to answer outside of base_url, or None: JupyterHub, too, leads from there to the same path among its pages."""
+        if environ["minihub.is_inside"]:
+            return None
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return NotFound(f"The hub is below {self.settings.base_url}")
+        return falcon.HTTPFound(environ["minihub.mount"].hub + target_below(environ, "/"))
+
     def _own_address(self, environ):
         """Where servers on this machine reach the WSGI host: at what it listens on, whichever of the machine's addresses a
         client has used. On a unix socket gunicorn takes it from the Host header, which is only a client's word."""
@@ -5302,30 +5333,7 @@ class Hub(HubCore):
         """`base_url` as PATH_INFO spells it: its bytes as Latin-1 (PEP 3333)."""
         return self.settings.base_url.encode().decode("latin-1")
 
-    def _outside(self, environ):
-        """What to answer outside of base_url, or None: JupyterHub, too, leads from there to the same path among its pages."""
-        if environ["minihub.is_inside"]:
-            return None
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return NotFound(f"The hub is below {self.settings.base_url}")
-        return falcon.HTTPFound(environ["minihub.mount"].hub + target_below(environ, "/"))
-
     # Requests for servers
-
-    def _misplaced(self, environ):
-        """What to answer where servers have a host name of their own and this is not the one for the path, or None."""
-        host, (_, kind, name, *_) = environ["minihub.client"].host, f"{environ['PATH_INFO']}//".split("/")
-        if kind == "user" and name:
-            # Not normalized: a route is for one spelling of a name, and belongs on one host.
-            right = self.users_site(name.encode("latin-1").decode("utf-8", "replace"))
-        else:
-            right = self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
-        if not right or is_host_of(right, host):
-            return None
-        place = right + request_target(environ)
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or is_websocket(environ):
-            return Misdirected(f"This is to be found at {place} only")
-        return falcon.HTTPFound(place)
 
     def _find_route(self, mount, path):
         """Target and data of the longest route above the path, or None. A named server's lies below the default one's."""
