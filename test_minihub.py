@@ -571,8 +571,8 @@ class LiveHub:
         """End gunicorn and whatever it has started."""
         self.stop()
         for supervisor in (self.folder / "run").rglob("*.pid"):
-            with contextlib.suppress(OSError, ValueError):
-                os.killpg(int(supervisor.read_text().split()[0]), signal.SIGKILL)
+            with contextlib.suppress(OSError, ValueError):  # one that was killed before it had written anything
+                os.killpg(int(supervisor.read_text().partition(" ")[0]), signal.SIGKILL)
 
 
 @pytest.fixture
