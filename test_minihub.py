@@ -6926,17 +6926,43 @@ def test_a_class_works_in_jupyterlab_in_the_readmes_flask_site(live_site, tmp_pa
     assert urlsplit(ada.url).path == "/login"
 
 
-@pytest.fixture
-def django_site(live_site, tmp_path):
-    """The README's Django site, whose servers are echo servers, with the superuser ada."""
+def start_django_site(live_site, folder, hub="Hub("):
+    """The README's Django site, with the superuser ada; `hub` is what its hub is made with before the README's settings."""
     pytest.importorskip("django", reason="pip install '.[test]'")
-    (tmp_path / "echo.py").write_text(ECHO_SERVER)
     environ = {**os.environ, "DJANGO_SUPERUSER_PASSWORD": PASSWORD}
     for words in ("django startproject school .", "manage migrate", "manage createsuperuser --noinput --username ada --email ada@school.example"):
-        subprocess.run([sys.executable, "-m", *words.split()], cwd=tmp_path, env=environ, check=True, capture_output=True)
-    cmd = f"{sys.executable} {tmp_path / 'echo.py'}"
-    (tmp_path / "school" / "wsgi.py").write_text(readme_text("django").replace("Hub(base_url", f"Hub(cmd={cmd!r}, base_url"))
+        subprocess.run([sys.executable, "-m", *words.split()], cwd=folder, env=environ, check=True, capture_output=True)
+    (folder / "school" / "wsgi.py").write_text(readme_text("django").replace("Hub(", hub))
     return live_site("school.wsgi:application")
+
+
+@needs_singleuser
+def test_a_teacher_works_in_jupyterlab_in_the_readmes_django_site(live_site, tmp_path, chromium):
+    site, ada = start_django_site(live_site, tmp_path), chromium()
+    ada.goto(f"{site.url}/lab/hub/home")
+    assert urlsplit(ada.url).path == "/admin/login/"
+    ada.fill("[name=username]", "ada")
+    ada.fill("[name=password]", PASSWORD)
+    ada.click("[type=submit]")
+    assert ada.inner_text("h1") == "Hello, ada"
+
+    start_lab(ada)
+    assert urlsplit(ada.url).path == "/lab/user/ada/lab"
+    assert run_cell(ada, "print(6*7)") == "42"
+
+    ada.goto(f"{site.url}/lab/hub/logout")
+    assert urlsplit(ada.url).path == "/admin/"
+    ada.click("text=Log out")
+    ada.goto(f"{site.url}/lab/user/ada/lab")
+    assert urlsplit(ada.url).path == "/admin/login/"
+
+
+@pytest.fixture
+def django_site(live_site, tmp_path):
+    """The README's Django site, whose servers are echo servers."""
+    (tmp_path / "echo.py").write_text(ECHO_SERVER)
+    cmd = f"{sys.executable} {tmp_path / 'echo.py'}"
+    return start_django_site(live_site, tmp_path, f"Hub(cmd={cmd!r}, ")
 
 
 def test_no_secret_reaches_a_server_in_the_readmes_django_site(django_site):
