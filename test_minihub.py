@@ -2861,8 +2861,7 @@ def readme_command(name):
     """The words of the README's command line with that name, whose files are those of this Python."""
     line, = re.findall(rf"^    {name} .*$", README, re.MULTILINE)
     name, *words = shlex.split(line)
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
-    return found, words
+    return shutil.which(name, path=Path(sys.executable).parent), words  # not Debian's uWSGI, which knows no Python by itself
 
 
 class InUWSGI(LiveHub):
