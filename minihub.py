@@ -1286,6 +1286,7 @@ HEAD_LIMIT = 64 * 1024  # bytes of a response head; tornado's own limit
 CHUNK = 64 * 1024       # bytes moved at a time, so also what a connection can hold in memory
 SPOOL_LIMIT = 2 ** 30   # bytes of a body that comes in chunks, and so has to be put on the disk
 FILES_ENOUGH = 65536    # open files and sockets, for a process that is let have even more
+STARVED_AFTER = 3       # seconds that a thread waits for a server before it looks whether another one is free
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
 
 #: RFC 9110, 7.6.1: these speak of one connection, so they are not passed on.
@@ -1927,10 +1928,45 @@ def stream_through(environ, start_response, exchange: Exchange, idle_timeout: fl
         while left and (data := environ["wsgi.input"].read(min(CHUNK, left))):
             upstream.sendall(data)
             left -= len(data)
+        wait_for_response(upstream, environ["minihub.mount"], idle_timeout)
         response = opened.enter_context(upstream.makefile("rb"))
         head = read_head(response)
         start_response(f"{head.status} {head.reason}", head.passed_on())
         return Streamed(opened.pop_all(), response, head.body_length(exchange.method))
+
+
+def wait_for_response(upstream: socket.socket, mount: Mount, idle_timeout: float) -> None:
+    """Wait until the server answers. Raises Unavailable if meanwhile nobody is left to answer what it may have to ask the hub.
+
+    Where every thread waits for a server, and every server for the hub, they would wait for ever.
+    """
+    deadline = time.monotonic() + (idle_timeout or math.inf)
+    upstream.settimeout(min(STARVED_AFTER, idle_timeout or math.inf))
+    while True:
+        try:
+            upstream.recv(1, socket.MSG_PEEK)
+            break
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+            if is_starved(mount):
+                raise Unavailable("More people than this web server has threads are asking their servers for something. Try"
+                                  " again in a moment, or run the hub with more threads", retry_after=5) from None
+    upstream.settimeout(idle_timeout or None)
+
+
+def is_starved(mount: Mount) -> bool:
+    """Whether the WSGI host takes up no request, as it does while all its threads are busy."""
+    parts = urlsplit(mount.address)
+    try:
+        with socket.create_connection((parts.hostname, parts.port), STARVED_AFTER) as connection:
+            connection.sendall(f"GET {mount.hub}health HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n".encode())
+            connection.recv(1)  # where it speaks TLS, this is the end of the connection
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Streamed:

@@ -3121,6 +3121,33 @@ def test_a_host_that_lends_no_socket_says_when_a_server_does_not_answer(waitress
     assert waitress.request("GET", "/user/bob/lab").status == 503
 
 
+class Asking(http.server.BaseHTTPRequestHandler):
+    """A server that asks the hub something before it answers, as single-user servers do when somebody signs in."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        wait_for(lambda: len(self.server.asked) >= 4)
+        requests.get(self.server.hub, timeout=60)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        """Not a word."""
+
+
+def test_threads_that_wait_for_servers_that_wait_for_the_hub_do_not_wait_for_ever(waitress, at_home, monkeypatch):
+    monkeypatch.setattr(minihub, "STARVED_AFTER", 0.3)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asking) as server, at_home.connected():
+        server.hub, server.asked = f"http://127.0.0.1:{waitress.port}/hub/health", []
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        at_home.proxy.add_route("/user/bob/", f"http://127.0.0.1:{server.server_port}", {"user": "bob", "server_name": ""})
+        answers = at_once(*[lambda: waitress.request("GET", "/user/bob/api")] * 12)
+        assert {answer.status for answer in answers} in ({200, 503}, {503})
+        assert any(b"run the hub with more threads" in answer.body for answer in answers)
+        assert waitress.request("GET", "/user/bob/api").status == 200
+        server.shutdown()
+
+
 def test_other_hosts_say_when_nobody_listens(host, at_home):
     with at_home.connected():
         at_home.proxy.add_route("/user/bob/", f"http://127.0.0.1:{minihub.free_port()}", {"user": "bob", "server_name": ""})
