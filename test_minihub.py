@@ -1829,7 +1829,7 @@ def chp(live, tmp_path):
     hub = start_echo(live, tmp_path, proxy="chp", chp_command=f"{CHP} --ip 127.0.0.1 --port {front}",
                      chp_api_url=f"http://127.0.0.1:{api}", services='[{"name": "ops", "admin": true, "api_token": "ops-token"}]')
     hub.front, hub.chp_api = front, api
-    wait_for(lambda: through(hub, "/user/ada/api") == 200, message="the proxy has no route to ada's server")
+    wait_for(lambda: through(hub, "/user/ada/api") == 200 == through(hub, "/hub/login"), message="the proxy has no routes")
     return hub
 
 
