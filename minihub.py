@@ -1959,7 +1959,8 @@ def is_starved(mount: Mount) -> bool:
     """Whether the WSGI host takes up no request, as it does while all its threads are busy."""
     parts = urlsplit(mount.address)
     try:
-        with socket.create_connection((parts.hostname, parts.port), STARVED_AFTER) as connection:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        with socket.create_connection((parts.hostname, port), STARVED_AFTER) as connection:
             connection.sendall(f"GET {mount.hub}health HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n".encode())
             connection.recv(1)  # where it speaks TLS, this is the end of the connection
     except TimeoutError:

@@ -578,8 +578,8 @@ class LiveHub:
 @pytest.fixture
 def live(tmp_path):
     """Starts gunicorns, one after the other in the same folder, with `live("-w", "2", admins="root")`."""
-    def start(*options, **settings):
-        hub = LiveHub(tmp_path, *options, **settings)
+    def start(*options, kind=LiveHub, **settings):
+        hub = kind(tmp_path, *options, **settings)
         hubs.append(hub)
         return hub.start()
 
@@ -3146,6 +3146,19 @@ def test_threads_that_wait_for_servers_that_wait_for_the_hub_do_not_wait_for_eve
         assert any(b"run the hub with more threads" in answer.body for answer in answers)
         assert waitress.request("GET", "/user/bob/api").status == 200
         server.shutdown()
+
+
+@pytest.mark.parametrize(("address", "port"), [("http://hub.example", 80), ("https://hub.example", 443), ("http://hub.example:8000", 8000)])
+def test_a_hub_that_does_not_answer_at_its_address_is_starved(monkeypatch, address, port):
+    asked = []
+
+    def connect(place, timeout):
+        asked.append(place)
+        raise TimeoutError
+
+    monkeypatch.setattr(minihub.socket, "create_connection", connect)
+    assert minihub.is_starved(minihub.Mount("/", address)) is True
+    assert asked == [("hub.example", port)]
 
 
 def test_other_hosts_say_when_nobody_listens(host, at_home):
@@ -6916,18 +6929,9 @@ def test_a_class_works_in_jupyterlab_on_host_names_of_its_own(live, chromium):
 
 
 @pytest.fixture
-def live_site(tmp_path):
+def live_site(live):
     """Starts a site with a hub below /lab, in a gunicorn with one sync worker: `live_site("school:site")`."""
-    def start(app):
-        site = LiveHub(tmp_path)
-        site.app, site.prefix = app, "/lab"
-        sites.append(site)
-        return site.start()
-
-    sites = []
-    yield start
-    for site in sites:
-        site.stop_all()
+    return lambda app: live(kind=type("LiveSite", (LiveHub,), {"app": app, "prefix": "/lab"}))
 
 
 @needs_singleuser
