@@ -104,16 +104,15 @@ log = logging.getLogger("minihub")
 
 
 #: The default session cookies of Flask, Django, PHP, Java, Express and Laravel.
-SITE_COOKIES = ("session", "remember_token", "sessionid", "csrftoken", "PHPSESSID", "JSESSIONID", "connect.sid",
-                "laravel_session")
+SITE_COOKIES = (
+    "session", "remember_token", "sessionid", "csrftoken", "PHPSESSID", "JSESSIONID", "connect.sid", "laravel_session")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a hub: keywords of `Hub(...)`, or `MINIHUB_*` variables of `minihub.app`.
 
-    Durations are in seconds. Paths are relative to the folder the hub is started in. Raises SettingError for an
-    invalid value.
+    Durations are in seconds. Paths are relative to the folder the hub is started in. Raises SettingError.
     """
 
     database: str = "sqlite:///minihub.sqlite"  # a peewee database URL; sqlite:///:memory: ends with the process
@@ -165,9 +164,12 @@ class Settings:
     def __post_init__(self):
         for name, kind in _kinds_of(Settings).items():
             demand(kind.is_right(getattr(self, name)), name, kind.must, getattr(self, name))
-        self._check_paths_and_addresses()
-        self._check_sign_in()
-        vars(self).update(self._normalized())  # frozen for everybody else
+        self._check_values()
+        vars(self).update(  # frozen for everybody else
+            base_url=self.base_url.rstrip("/") + "/", services=tuple(map(ServiceSpec.of, self.services)),
+            **{name: getattr(self, name).rstrip("/") for name in ("public_url", "hub_url", "user_url")},
+            **{name: os.path.abspath(getattr(self, name)) for name in ("homes", "run_dir")},  # a site may call chdir()
+            **{name: tuple(getattr(self, name)) for name in ("admins", "env_keep", "trusted_proxies", "site_cookies")})
         if self.user_url:
             self._check_user_url()
         words = _parse("cmd", shlex.split, self.cmd, "must be a command line with matching quotes")
@@ -175,30 +177,15 @@ class Settings:
         names = [spec.name for spec in self.services]
         demand(len(set(names)) == len(names), "services", "must have different names", names)
 
-    def _normalized(self):
-        """The values that are kept in another form than the one they are given in."""
-        return {
-            "base_url": self.base_url.rstrip("/") + "/",
-            **{name: getattr(self, name).rstrip("/") for name in ("public_url", "hub_url", "user_url")},
-            # The site may change its working directory later.
-            **{name: os.path.abspath(getattr(self, name)) for name in ("homes", "run_dir")},
-            **{name: tuple(getattr(self, name)) for name in ("admins", "env_keep", "trusted_proxies", "site_cookies")},
-            "services": tuple(map(ServiceSpec.of, self.services)),
-        }
-
-    def _check_paths_and_addresses(self):
+    def _check_values(self):
         demand(self.base_url.startswith("/"), "base_url", "must start with a slash", self.base_url)
-        for name in ("public_url", "hub_url"):
-            value = getattr(self, name)
+        for name, value in (("public_url", self.public_url), ("hub_url", self.hub_url)):
             demand(not value or is_address(value), name, "must look like https://host", value)
-        for name in ("login_url", "logout_url"):
-            value = getattr(self, name)
+        for name, value in (("login_url", self.login_url), ("logout_url", self.logout_url)):
             demand(not value or value.startswith("/") or is_address(value), name,
                    "must be a path or look like https://host/path", value)
         for value in self.trusted_proxies:
             _parse("trusted_proxies", ipaddress.ip_network, value, "must be IP addresses or networks")
-
-    def _check_sign_in(self):
         demand(self.authenticator != "dummy" or self.password, "password",
                "must be set for the dummy authenticator, which lets in everybody who knows it", self.password)
         variable = self.remote_user_variable
@@ -210,7 +197,8 @@ class Settings:
     def _check_user_url(self):
         """Browsers must see another site there than the hub's, and servers must not look for the hub there."""
         url = self.user_url
-        demand(USER_URL.fullmatch(url), "user_url", "must look like https://host or https://{username}.host", url)
+        demand(re.fullmatch(r"https?://(\{username\}\.)?[A-Za-z0-9.-]+(:[0-9]+)?", url), "user_url",
+               "must look like https://host or https://{username}.host", url)
         demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", url), "user_url",
                "must be a host name, because servers reach the hub at its IP address", url)
         demand(self.public_url, "user_url", "needs public_url, the address of the hub's own pages", self.public_url)
@@ -221,10 +209,7 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """The settings from the variables `MINIHUB_*` of `environ` (default: this process's).
-
-        Warns of a `MINIHUB_*` variable that is no setting. Raises SettingError.
-        """
+        """The settings from this process's variables `MINIHUB_*`; warns of unknown ones. Raises SettingError."""
         environ = os.environ if environ is None else environ
         given = {name[8:].lower(): text for name, text in environ.items() if name.startswith("MINIHUB_")}
         kinds = {name: kind for name, kind in _kinds_of(cls).items() if kind.from_text}
@@ -234,7 +219,7 @@ class Settings:
                       if name in given})
 
     def inherited_variables(self, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The variables a server inherits from `environ` (default: this process's). An allow-list: no secret leaks."""
+        """The environment variables that a server inherits from this process. An allow-list: no secret leaks."""
         environ = os.environ if environ is None else environ
         kept = {name: value for name, value in environ.items()
                 if name in INHERITED_VARIABLES or name in self.env_keep or name.startswith("LC_")}
@@ -242,8 +227,6 @@ class Settings:
         kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
         return kept
 
-
-USER_URL = re.compile(r"https?://(\{username\}\.)?[A-Za-z0-9.-]+(:[0-9]+)?")
 
 INHERITED_VARIABLES = frozenset(
     "PATH LANG LANGUAGE TZ SHELL TMPDIR VIRTUAL_ENV CONDA_ROOT CONDA_DEFAULT_ENV CONDA_PREFIX PYTHONPATH"
@@ -281,9 +264,7 @@ KINDS: dict[Any, Kind] = {
 }
 
 
-@functools.cache
 def _kinds_of(cls):
-    """The Kind of each field."""
     return {name: KINDS[hint] for name, hint in get_type_hints(cls).items()}
 
 
@@ -316,25 +297,21 @@ class ServiceSpec:
         demand(isinstance(value, dict) and isinstance(value.get("name"), str), "services",
                "must be a list of objects, each with a name", value)
         name, words, kinds = value["name"], value.get("command", ()), _kinds_of(cls)
-        if isinstance(words, str):
-            words = _parse("services", shlex.split, words, f"command of {name} must have matching quotes")
+        demand(SERVER_NAME.fullmatch(name), "services", "must have names of letters, digits and -_.~", name)
         demand(value.keys() <= kinds.keys(), "services", f"{name} must have no other keys than {', '.join(kinds)}",
                sorted(value.keys() - kinds.keys()))
-        value = {**value, "command": words}
-        for key, item in value.items():
+        if isinstance(words, str):
+            words = _parse("services", shlex.split, words, f"command of {name} must have matching quotes")
+        for key, item in {**value, "command": words}.items():
             demand(kinds[key].is_right(item), "services", f"{key} of {name} {kinds[key].must}", item)
         spec = cls(**{**value, "command": tuple(words)})
-        spec._check_values()
+        demand(not spec.url or is_address(spec.url), "services",
+               f"url of {name} must look like http://host:port", spec.url)
+        demand(not spec.oauth_client_id.startswith("jupyterhub-user-"), "services",
+               f"oauth_client_id of {name} must not be one that a server can have", spec.oauth_client_id)
+        demand(not spec.api_token or len(spec.api_token) >= 8, "services",
+               f"api_token of {name} must have at least 8 characters", len(spec.api_token))
         return spec
-
-    def _check_values(self):
-        demand(SERVER_NAME.fullmatch(self.name), "services", "must have names of letters, digits and -_.~", self.name)
-        demand(not self.url or is_address(self.url), "services",
-               f"url of {self.name} must look like http://host:port", self.url)
-        demand(not self.oauth_client_id.startswith("jupyterhub-user-"), "services",
-               f"oauth_client_id of {self.name} must not be one that a server can have", self.oauth_client_id)
-        demand(not self.api_token or len(self.api_token) >= 8, "services",
-               f"api_token of {self.name} must have at least 8 characters", len(self.api_token))
 
     @property
     def target(self) -> str:
@@ -372,8 +349,8 @@ def is_address(value: str) -> bool:
     """Whether it is an absolute http or https URL."""
     try:
         parts = urlsplit(value)
-        plain = re.fullmatch(r"[\x21-\x7e]+", value)
-        return bool(plain and parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
+        is_plain = re.fullmatch(r"[\x21-\x7e]+", value)
+        return bool(is_plain and parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
     except ValueError:
         return False
 
@@ -391,20 +368,18 @@ def load_hook(setting: str, choice: Any, builtin: dict[str, type], base: type) -
 
     Raises SettingError, also for an object that another hub has already.
     """
-    kind = builtin.get(choice) or _imported(setting, choice, builtin) if isinstance(choice, str) else choice
+    kind = builtin.get(choice, choice) if isinstance(choice, str) else choice
+    if isinstance(kind, str):
+        module, _, name = kind.partition(":")
+        demand(module and name, setting, f"must be {', '.join(builtin)} or package.module:Class", choice)
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise SettingError(setting, f"must be importable: {error}", choice) from None
     hook = kind() if isinstance(kind, type) else kind
     demand(isinstance(hook, base), setting, f"must be a kind of {base.__name__}", choice)
     demand(hook.settings is None, setting, "must be an object of its own for each hub", choice)
     return hook
-
-
-def _imported(setting, choice, builtin):
-    module, _, name = choice.partition(":")
-    demand(module and name, setting, f"must be {', '.join(builtin)} or package.module:Class", choice)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(setting, f"must be importable: {error}", choice) from None
 
 
 ########################################################################################################
@@ -414,9 +389,7 @@ def _imported(setting, choice, builtin):
 
 class HubError(Exception):
     """A refusal: `status` (HTTP), `message` (for people), `retry_after` (seconds or None)."""
-
     status = 500
-    retry_after: float | None = None
 
     def __init__(self, message: str = "", retry_after: float | None = None):
         self.message = message or http.HTTPStatus(self.status).phrase
@@ -425,8 +398,6 @@ class HubError(Exception):
 
 
 class BadRequest(HubError):
-    """400: the request is malformed, or makes no sense as things are."""
-
     status = 400
 
 
@@ -440,37 +411,28 @@ class OAuthError(HubError):
 
 class Forbidden(HubError):
     """403: not permitted. JupyterHub never answers 401, and its clients fail on one."""
-
     status = 403
 
 
 class NotFound(HubError):
-    """404: no such thing."""
-
     status = 404
 
 
 class Conflict(HubError):
-    """409: it exists already."""
-
     status = 409
 
 
 class TooLarge(HubError):
-    """413: the body is too long."""
-
     status = 413
 
 
 class Misdirected(HubError):
     """421: users' servers have a host name of their own, and the request came to the wrong one."""
-
     status = 421
 
 
 class TooMany(HubError):
     """429: a rate limit or another limit is reached; `retry_after` says for how long, if that is known."""
-
     status = 429
 
 
@@ -480,13 +442,11 @@ class SpawnFailed(HubError):
 
 class NotPossible(HubError):
     """501: the WSGI server that runs the hub cannot do this."""
-
     status = 501
 
 
 class Unavailable(HubError):
     """503: something the hub needs does not answer; the request may be retried."""
-
     status = 503
 
 
@@ -507,16 +467,14 @@ def isoformat(moment: datetime | None) -> str | None:
 
 def parse_time(text: Any) -> datetime:
     """The moment of an ISO 8601 text (without an offset: UTC). Raises BadRequest."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
         # Python 3.10 parses neither Z nor a fraction of other than 3 or 6 digits.
         plain = re.sub(r"(\.\d{1,6})\d*", lambda match: match[1].ljust(7, "0"), text.strip().replace("Z", "+00:00"))
         moment = datetime.fromisoformat(plain)
         moment = moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone(timezone.utc)
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        moment = None
-    if moment is None or moment.year < 1970:  # year 1 overflows when a duration is subtracted
-        raise BadRequest(f"Not a valid timestamp: {shortened(text)}")
-    return moment
+        if moment.year >= 1970:  # year 1 overflows when a duration is subtracted
+            return moment
+    raise BadRequest(f"Not a valid timestamp: {shortened(text)}")
 
 
 def shortened(value: Any) -> str:
@@ -605,11 +563,8 @@ def quote_name(name: str) -> str:
 
 def folder_name(name: str) -> str:
     """A name as a file name: readable, not hidden, without a slash, short enough. Different for different names."""
-    plain = quote(name, safe="@~+,= ")
-    plain = re.sub(r"^\.", "%2E", plain)
-    if len(plain) <= 100:
-        return plain
-    return f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    plain = re.sub(r"^\.", "%2E", quote(name, safe="@~+,= "))
+    return plain if len(plain) <= 100 else f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def host_label(name: str) -> str:
@@ -937,8 +892,9 @@ class Store:
         except OSError as error:
             raise BadRequest(f"The copy {path} cannot be made: {error.strerror}") from None
         try:
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                self.database.connection().backup(copy)
+            with (contextlib.closing(sqlite3.connect(self.database.database)) as source,
+                  contextlib.closing(sqlite3.connect(path)) as copy):
+                source.backup(copy)  # not by this thread's connection, which may be in a transaction
         except sqlite3.Error as error:
             os.unlink(path)
             raise BadRequest(f"The copy {path} cannot be made: {error}") from None
@@ -1055,7 +1011,6 @@ class PasswordAuthenticator(Authenticator):
     """A password for each user, chosen through a one-time link from an admin or from `minihub link NAME`."""
 
     def authenticate(self, credentials, environ):
-        """The user of that name, if the password is right. Takes equally long for a name that does not exist."""
         name = self.normalize(str(credentials.get("username") or ""))
         user = User.get_or_none(User.name == name) if is_valid_name(name) else None
         is_right = check_password(str(credentials.get("password") or ""), user and user.password)
@@ -1066,7 +1021,6 @@ class DummyAuthenticator(Authenticator):
     """Any name, with the one password of the class, the setting `password`."""
 
     def authenticate(self, credentials, environ):
-        """The name as given, if the password is right."""
         given = str(credentials.get("password") or "").encode("utf-8", "surrogateescape")
         is_right = hmac.compare_digest(given, self.settings.password.encode())
         return str(credentials.get("username") or "") if is_right else None
@@ -1082,7 +1036,6 @@ class RemoteUserAuthenticator(Authenticator):
         return self.settings.logout_url
 
     def identify(self, environ):
-        """The site's user in this request; nothing is remembered between requests."""
         if self.settings.identify:
             return self.settings.identify(environ)
         name = environ.get(self.settings.remote_user_variable) or ""
@@ -1169,17 +1122,13 @@ class SubprocessSpawner(Spawner):
         if "{port}" not in self.settings.cmd:
             words.append(f"--port={server.port}")  # jupyterhub-singleuser 1.x reads no variable for it
         if Path(words[0]).name in ("jupyterhub-singleuser", "jupyter-labhub"):
-            words += self._singleuser_options(server)
+            if os.geteuid() == 0:
+                words.append("--allow-root")
+            if self.settings.notebook_dir:  # 1.x reads no variable for this either
+                words.append(f"--notebook-dir={self._notebook_dir(server)}")
+            if self.settings.default_url:  # nor for this
+                words.append(f"--SingleUserNotebookApp.default_url={self.settings.default_url}")
         return words
-
-    def _singleuser_options(self, server):
-        """Options that 1.x reads on the command line only, and the --allow-root flag that Jupyter requires of root."""
-        options = ["--allow-root"] if os.geteuid() == 0 else []
-        if self.settings.notebook_dir:
-            options.append(f"--notebook-dir={self._notebook_dir(server)}")
-        if self.settings.default_url:
-            options.append(f"--SingleUserNotebookApp.default_url={self.settings.default_url}")
-        return options
 
     def environment(self, server: Launch) -> dict[str, str]:
         """All environment variables of the server."""
@@ -1208,16 +1157,15 @@ class SubprocessSpawner(Spawner):
         return {**start_process(run, self.command(server), target, beat, **options), "target": target}
 
     def find(self, server):
-        """The state of a process whose start was interrupted, from the file that its supervisor has written."""
         run = self._run_file(server)
         try:
-            number, target = run.with_name(f"{run.name}.pid").read_text().split()
+            number, target = Path(f"{run}.pid").read_text().split()
             pid = int(number)
         except (OSError, ValueError):
             return None
-        state = {**process_state(run, pid), "target": target}
         # The process id may have been reused; the supervisor's command line names this launch.
-        return state if str(run) in command_line(state["pid"]) else {**state, "identity": None}
+        identity = process_identity(pid) if str(run) in command_line(pid) else None
+        return {"pid": pid, "identity": identity, "run": str(run), "target": target}
 
     def poll(self, state):
         return poll_process(state)
@@ -1226,7 +1174,12 @@ class SubprocessSpawner(Spawner):
         return stop_process(state, self.ladder, now)
 
     def log_tail(self, state):
-        return last_lines(Path(state["run"]))
+        try:
+            with open(log_of(Path(state["run"])), "rb") as log_file:
+                log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
+                return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-30:])
+        except OSError as error:
+            return f"(its log cannot be read: {error.strerror})"
 
     def forget_user(self, user):
         """Rename the user's home, so that no new user of that name inherits it. Deletes nothing. Raises OSError."""
@@ -1237,8 +1190,8 @@ class SubprocessSpawner(Spawner):
             log.info("home of the deleted user %s renamed to %s", user.name, aside)
 
     def _run_file(self, server):
-        folder = Path(self.settings.run_dir) / server.user.folder
-        return folder / f"server{'-' if server.name else ''}{server.name}@{server.id}"
+        file_name = f"server-{server.name}@{server.id}" if server.name else f"server@{server.id}"
+        return Path(self.settings.run_dir) / server.user.folder / file_name
 
     def _notebook_dir(self, server):
         folder = re.sub(r"^~(/|$)", "", self.settings.notebook_dir)  # the user's home, not the hub's
@@ -1287,40 +1240,29 @@ def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None 
     with contextlib.suppress(FileNotFoundError):
         log_file.replace(log_file.with_suffix(".log.old"))
     words = ["/bin/sh", "-c", SUPERVISE, str(run), note, str(beat or ""), *words]
-    with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output, _no_signals_blocked():
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True, **options)
-    state = process_state(run, process.pid)  # before it is waited for: after that its id can be reused
+    mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())  # inherited by the process, and uWSGI blocks all signals
+    try:
+        with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                       start_new_session=True, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    identity = process_identity(process.pid)  # before it is waited for: after that its id can be reused
     # The kernel keeps a zombie until somebody waits for it.
     threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
-    return state
-
-
-@contextlib.contextmanager
-def _no_signals_blocked():
-    """Unblock all signals: a child inherits the mask of the thread that forks it, and uWSGI blocks all of them."""
-    before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return {"pid": process.pid, "identity": identity, "run": str(run)}
 
 
 def heartbeat(settings: Settings) -> Path:
     """Touch the file whose age tells processes whether the hub is still running, and return its path."""
-    folder = Path(settings.run_dir)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / "heartbeat").touch()
-    return folder / "heartbeat"
-
-
-def process_state(run: Path, pid: int) -> dict[str, Any]:
-    """The state of a supervised process, as JSON."""
-    return {"pid": pid, "identity": process_identity(pid), "run": str(run)}
+    beat = Path(settings.run_dir) / "heartbeat"
+    beat.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beat.touch()
+    return beat
 
 
 def is_process_running(state: dict[str, Any]) -> bool:
-    """Whether it is running; False if its process id has been reused."""
+    """Whether a supervised process is running; False if its process id has been reused."""
     return state["identity"] is not None and process_identity(state["pid"]) == state["identity"]
 
 
@@ -1352,16 +1294,6 @@ def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dic
 def log_of(run: Path) -> Path:
     """The path of its log."""
     return run.with_name(run.name.rpartition("@")[0] + ".log")
-
-
-def last_lines(run: Path, lines: int = 30) -> str:
-    """The end of its log."""
-    try:
-        with open(log_of(run), "rb") as log_file:
-            log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
-            return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-lines:])
-    except OSError as error:
-        return f"(its log cannot be read: {error.strerror})"
 
 
 def process_identity(pid: int) -> str | None:
@@ -5897,12 +5829,14 @@ def main(arguments: list[str] | None = None) -> int:
     token.add_argument("name", metavar="NAME")
     token.add_argument("--note", default="Requested on the command line", help="what it is for")
     backup = commands.add_parser("backup", help="copy the database (SQLite) into the new FILE, while the hub runs")
-    backup.set_defaults(run=_make_backup)
+    backup.set_defaults(run=lambda hub, options: hub.store.backup(options.file))
     backup.add_argument("file", metavar="FILE")
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_environ()
-        _check_database_exists(settings.database)
+        path = os.path.abspath(settings.database.removeprefix("sqlite:///").partition("?")[0])
+        if settings.database.startswith("sqlite:") and not os.path.exists(path):  # else it would be made, for no hub
+            raise NotFound(f"There is no database {path}. Run this in the folder of the hub, or set MINIHUB_DATABASE")
         hub = CommandLineHub(**vars(settings))
         with hub.store.connected():
             options.run(hub, options)
@@ -5910,13 +5844,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minihub: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _check_database_exists(url):
-    """Refuse an SQLite database that is not there: the command would make a new one, which no hub uses."""
-    path = os.path.abspath(url.removeprefix("sqlite:///").partition("?")[0])
-    if url.startswith("sqlite:") and not os.path.exists(path):
-        raise NotFound(f"There is no database {path}. Run this in the folder of the hub, or set MINIHUB_DATABASE")
 
 
 def _print_link(hub, options):
@@ -5930,11 +5857,7 @@ def _print_token(hub, options):
     print(hub.tokens.create(hub.people.find(options.name), options.note)[0])
 
 
-def _make_backup(hub, options):
-    hub.store.backup(options.file)
-
-
 if __name__ == "__main__":
-    from minihub import main as main_of_the_module  # the module of that name, whose classes hooks derive from
+    import minihub  # the module of that name, whose classes hooks derive from
 
-    sys.exit(main_of_the_module())
+    sys.exit(minihub.main())
