@@ -2309,13 +2309,11 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8000"  # gunicorn's
 @dataclass(frozen=True)
 class Mount:
     """Where the hub is reached: by browsers below the path `base`, by its servers at `address` (http://host:port)."""
-
     base: str
     address: str
 
     @property
     def hub(self) -> str:
-        """The path of the hub's own pages."""
         return f"{self.base}hub/"
 
     def server_prefix(self, user_name: str, server_name: str) -> str:
@@ -2372,56 +2370,33 @@ class Site:
 
 def tell(settings: Settings, event: str, *facts: str) -> None:
     """Call the site's callback for an event. It can neither undo what has happened nor break the hub."""
-    callback = getattr(settings, event)
-    if callback is None:
-        return
     try:
-        callback(*facts)
+        if callback := getattr(settings, event):
+            callback(*facts)
     except Exception:  # a hook that somebody else wrote
         log.exception("%s failed", event)
 
 
-class ServerDetails(NamedTuple):
-    """A server as the API shows it."""
+#: A server as the API shows it; `user` is its user's id.
+ServerDetails = namedtuple("ServerDetails", "user name status state user_options started last_activity")
+#: A user as the API shows them, with the names of their groups, and with the ServerDetails of their servers.
+UserDetails = namedtuple("UserDetails", "id name admin created last_activity auth_state groups servers")
 
-    name: str
-    status: str
-    state: dict[str, Any] | None
-    user_options: dict[str, Any] | None
-    started: datetime | None
-    last_activity: datetime | None
-
-
-class UserDetails(NamedTuple):
-    """A user as the API shows them, with groups and servers."""
-
-    id: int
-    name: str
-    admin: bool
-    created: datetime
-    last_activity: datetime | None
-    auth_state: dict[str, Any] | None
-    groups: list[str]
-    servers: list[ServerDetails]
-
-
-_USER_COLUMNS = {"id": User.id, "name": User.name, "admin": User.admin, "created": User.created,
-                 "last_activity": User.last_activity, "auth_state": User.auth_state}
-_SERVER_COLUMNS = {"server_name": Server.name, "status": Server.status, "state": Server.state,
-                   "options": Server.user_options, "started": Server.started, "server_activity": Server.last_activity}
+_USER_COLUMNS = {column: getattr(User, column) for column in UserDetails._fields[:-2]}
 USER_BY_NAME = CompiledQuery(User.select().where(User.name == ""), **User._meta.fields)
 #: A user's row for each pair of a group and a server whose status is another than the first value.
 DETAILS_BY_NAME = CompiledQuery(
     User.select().join(Server, pw.JOIN.LEFT_OUTER, on=(Server.user == User.id) & (Server.status != ""))
     .switch(User).join(Membership, pw.JOIN.LEFT_OUTER).join(Group, pw.JOIN.LEFT_OUTER)
     .where(User.name == "").order_by(Server.name, Group.name),
-    **_USER_COLUMNS, **_SERVER_COLUMNS, group_name=Group.name)
+    **_USER_COLUMNS, group=Group.name, server=Server.name, status=Server.status, state=Server.state,
+    user_options=Server.user_options, started=Server.started, server_activity=Server.last_activity)
 SERVERS_OF_RANGE = CompiledQuery(
     Server.select().where((Server.status != "") & Server.user.between(0, 0)).order_by(Server.name),
-    user_id=Server.user, **_SERVER_COLUMNS)
+    **{column: getattr(Server, column) for column in ServerDetails._fields})
 GROUPS_OF_RANGE = CompiledQuery(
     Membership.select().join(Group).where(Membership.user.between(0, 0)).order_by(Group.name),
-    user_id=Membership.user, group_name=Group.name)
+    user=Membership.user, group=Group.name)
 SERVER_ACTIVITY = CompiledQuery(Server.select().where(Server.user == 0), id=Server.id, name=Server.name,
                                 started=Server.started, last_activity=Server.last_activity)
 ACTIVITY_UPDATES = {
@@ -2440,6 +2415,7 @@ class People:
 
     def __init__(self, settings: Settings, store: Store, authenticator: Authenticator):
         self.settings, self.store, self.authenticator = settings, store, authenticator
+        self._admin_names = {authenticator.normalize(name) for name in settings.admins}
 
     def normalize(self, name: str) -> str:
         """The one spelling of a user's name. Raises BadRequest for an invalid one."""
@@ -2474,92 +2450,76 @@ class People:
     def insert(self, name: str, admin: bool) -> User:
         """The same, for a transaction that may yet fail: the site is not told."""
         name = self.normalize(name)
-        try:
-            with self.store.transaction():
-                return self._insert([name], admin)[0]
-        except pw.IntegrityError:
-            raise Conflict(f"User {name} already exists") from None
+        for user in self._insert_new([name], admin):
+            return user
+        raise Conflict(f"User {name} already exists")
 
     def create_many(self, names: list[str], admin: bool = False) -> list[User]:
-        """Those of the users who are new, in one transaction: all or nothing.
-
-        Raises BadRequest, naming every invalid name, and Conflict if none is new.
-        """
+        """Those of the users who are new, all or none. Raises BadRequest, naming every invalid name, and Conflict if
+        none is new."""
         normal = {name: self.authenticator.normalize(name) for name in names}
         invalid = [name for name in names if not is_valid_name(normal[name])]
         if invalid:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
-        try:
-            users = self._insert_new(wanted, admin)
-        except pw.IntegrityError:  # a concurrent request has created one of them
-            users = self._insert_new(wanted, admin)
+        users = self._insert_new(wanted, admin)
+        if not users:
+            raise Conflict(f"All {len(wanted)} users already exist")
         for user in users:
             tell(self.settings, "on_user_created", user.name)
         return users
 
-    def _insert_new(self, wanted, admin):
-        with self.store.transaction():
-            existing = {row.name for part in pw.chunked(wanted, 500)  # SQLite takes only so many values at once
-                        for row in User.select(User.name).where(User.name.in_(part))}
-            new = [name for name in wanted if name not in existing]
-            if not new:
-                raise Conflict(f"All {len(wanted)} users already exist")
-            return self._insert(new, admin)
-
-    def _insert(self, names, admin):
-        """Rows for new users and for their default servers, in as few statements as a database takes."""
+    def _insert_new(self, names, admin):
+        """Rows for those users who are new, and for their default servers, in as few statements as a database takes."""
         users = []
-        for part in pw.chunked(names, 50):
-            folders = {name: folder_name(name) for name in part}
-            taken = {row.folder for row in User.select(User.folder).where(User.folder.in_(list(folders.values())))}
-            taken_by = {folder: f"-{secrets.token_hex(4)}" for folder in taken}  # users renamed since
-            rows = [{"name": name, "folder": folder + taken_by.get(folder, ""),
-                     "admin": admin or name in self._admin_names} for name, folder in folders.items()]
-            User.insert_many(rows).execute()
-            users.extend(User.select().where(User.name.in_(part)).order_by(User.id))
-            Server.insert_many([{"user": user} for user in users[-len(part):]]).execute()
-        log.info("users created%s: %s", ", as admins" if admin else "", shortened(", ".join(names)))
+        with self.store.transaction():
+            for part in pw.chunked(names, 50):
+                rows = self._new_rows(part, admin)
+                User.insert_many(rows).on_conflict_ignore().execute()
+                keys = {row["session_key"] for row in rows}  # of the others, who existed, they are not
+                rows = User.select().where(User.name.in_(part)).order_by(User.id)
+                users.extend(user for user in rows if user.session_key in keys)
+            for part in pw.chunked(users, 50):
+                Server.insert_many([{"user": user} for user in part]).execute()
+        if users:
+            created = shortened(", ".join(user.name for user in users))
+            log.info("users created%s: %s", ", as admins" if admin else "", created)
         return users
+
+    def _new_rows(self, names, admin):
+        folders = {name: folder_name(name) for name in names}
+        taken = {user.folder for user in User.select(User.folder).where(User.folder.in_(list(folders.values())))}
+        return [{"name": name, "admin": admin or self.is_configured_admin(name), "session_key": new_token(),
+                 "folder": f"{folder}-{secrets.token_hex(4)}" if folder in taken else folder}  # by a user renamed since
+                for name, folder in folders.items()]
 
     def find_or_create(self, name: str) -> User:
         """The user whom the authenticator vouches for, who may be new. Raises BadRequest for an invalid name."""
-        user = self.get(name)
-        if user is None:
-            with contextlib.suppress(Conflict):  # another of the browser's first requests was faster
-                self.create(name)
-            user = self.find(name)
-        return user
+        with contextlib.suppress(Conflict):  # another of the browser's first requests was faster
+            return self.get(name) or self.create(name)
+        return self.find(name)
 
     def is_configured_admin(self, user_name: str) -> bool:
         """Whether the setting `admins` names the user."""
         return user_name in self._admin_names
 
-    @functools.cached_property
-    def _admin_names(self):
-        return {self.authenticator.normalize(name) for name in self.settings.admins}
-
     def admit_configured_admins(self) -> None:
         """Make the admins of the settings admins, as new users where they are unknown. Raises SettingError."""
         for name in self._admin_names:
             demand(is_valid_name(name), "admins", "must hold names that users can have", name)
-            with contextlib.suppress(Conflict):
-                self.create(name)
-        if self._admin_names:
-            User.update(admin=True).where(User.name.in_(self._admin_names)).execute()
+            self.find_or_create(name)
+        User.update(admin=True).where(User.name.in_(self._admin_names)).execute()
 
     def change(self, user: User, changes: dict[str, Any]) -> None:
         """Write new values of `name`, `admin` or `auth_state`. Raises BadRequest."""
         if "name" in changes:
             changes = {**changes, "name": self.normalize(changes["name"])}
-        renamed = changes.get("name", user.name) != user.name
         try:
             with self.store.transaction():
-                self.hold(user)
-                if renamed and Server.select().where((Server.user == user) & Server.status.in_(ACTIVE)).exists():
+                self.hold(user, **changes)
+                active = Server.select().where((Server.user == user) & Server.status.in_(ACTIVE))
+                if changes.get("name", user.name) != user.name and active.exists():
                     raise BadRequest(f"Stop the servers of {user.name} before giving them another name")
-                if changes:
-                    User.update(**changes).where(User.id == user.id).execute()
         except pw.IntegrityError:
             raise BadRequest(f"User {changes['name']} already exists, username must be unique") from None
         for key, value in changes.items():
@@ -2567,22 +2527,23 @@ class People:
         if changes:
             log.info("user %s changed: %s", user.name, ", ".join(changes))
 
-    def hold(self, user: User) -> None:
-        """Keep others from renaming or deleting the user until this transaction ends. Raises NotFound if they have."""
-        if not User.update(name=user.name).where((User.id == user.id) & (User.name == user.name)).execute():
+    def hold(self, user: User, **changes: Any) -> None:
+        """Change these columns, and keep others from renaming or deleting the user until this transaction ends. Raises
+        NotFound if they have."""
+        is_same = (User.id == user.id) & (User.name == user.name)
+        if not User.update(**{"name": user.name, **changes}).where(is_same).execute():
             raise NotFound(f"No such user: {user.name}")
 
     def hide(self, user: User) -> None:
         """Take the user's name away, so that nobody finds them, and all that they could sign in with."""
-        self.hold(user)
-        user.name = f"{user.name[:NAME_LENGTH - 20]}/{user.id}"
-        changes = {"leaving": True, "session_key": new_token(), "password": None}
-        User.update(name=user.name, **changes).where(User.id == user.id).execute()
+        name = f"{user.name[:NAME_LENGTH - 20]}/{user.id}"
+        self.hold(user, name=name, leaving=True, session_key=new_token(), password=None)
+        user.name = name
         Membership.delete().where(Membership.user == user).execute()
 
     def list(self, state: str | None = None, name_filter: str = "", sort: str = "id", offset: int = 0,
-             limit: int | None = None) -> tuple[list[Any], int]:
-        """Users from `offset` on, as rows for `details_of`, and how many there are in all.
+             limit: int | None = None) -> tuple[list[UserDetails], int]:
+        """Users from `offset` on, still without groups and servers (see `details_of`), and how many there are in all.
 
         `state` is active, ready or inactive: those with an active, a ready or no active server. `name_filter` is a part
         of the name. `sort` is id, name or last_activity, descending with a leading -. Raises BadRequest.
@@ -2593,15 +2554,13 @@ class People:
             raise BadRequest("state must be one of active, ready, inactive")
         if column is None:
             raise BadRequest("sort must be one of id, name, last_activity, with or without a leading -")
-        query = User.select(*_USER_COLUMNS.values()).where(~User.leaving)
+        query = User.select(*_USER_COLUMNS.values()).where(~User.leaving & User.name.contains(storable(name_filter)))
         if state:
             busy = User.id.in_(Server.select(Server.user).where(Server.status.in_(statuses)))
             query = query.where(~busy if state == "inactive" else busy)
-        if name_filter:
-            query = query.where(User.name.contains(name_filter))
         page = query.order_by(column.desc() if sort.startswith("-") else column, User.id).offset(offset).limit(limit)
-        rows = list(page.namedtuples())
-        return rows, query.count() if offset or limit else len(rows)
+        users = [UserDetails(*row, groups=[], servers=[]) for row in page.tuples()]
+        return users, query.count() if offset or limit else len(users)
 
     def details(self, name: str, stopped: bool = False) -> UserDetails:
         """The user with groups and with active servers, or all if `stopped`. Raises NotFound."""
@@ -2609,18 +2568,19 @@ class People:
         rows = DETAILS_BY_NAME.run(self.store.database, hidden, normal) if is_valid_name(normal) else ()
         if not rows:
             raise NotFound(f"No such user: {name}")
-        groups = dict.fromkeys(row.group_name for row in rows if row.group_name is not None)
-        servers = {row.server_name: _server_details(row) for row in rows if row.server_name is not None}
-        return UserDetails(*rows[0][:6], list(groups), list(servers.values()))
+        groups = dict.fromkeys(row.group for row in rows if row.group is not None)
+        servers = {row.server: ServerDetails(row.id, row.server, row.status, row.state, row.user_options, row.started,
+                                             row.server_activity) for row in rows if row.server is not None}
+        return UserDetails(*rows[0][:len(_USER_COLUMNS)], list(groups), list(servers.values()))
 
-    def details_of(self, users: list[Any], stopped: bool = False) -> list[UserDetails]:
-        """The same for several users, or rows of `list`, in two queries however many they are."""
+    def details_of(self, users: list[User | UserDetails], stopped: bool = False) -> list[UserDetails]:
+        """The same for several users, in two queries however many they are."""
         groups, servers, ids = {}, {}, [user.id for user in users]
         span = (min(ids, default=0), max(ids, default=0))
         for row in GROUPS_OF_RANGE.run(self.store.database, *span):
-            groups.setdefault(row.user_id, []).append(row.group_name)
+            groups.setdefault(row.user, []).append(row.group)
         for row in SERVERS_OF_RANGE.run(self.store.database, "" if stopped else "stopped", *span):
-            servers.setdefault(row.user_id, []).append(_server_details(row))
+            servers.setdefault(row.user, []).append(ServerDetails(*row))
         return [UserDetails(user.id, user.name, user.admin, user.created, user.last_activity, user.auth_state,
                             groups.get(user.id, []), servers.get(user.id, [])) for user in users]
 
@@ -2629,21 +2589,17 @@ class People:
         with best_effort():
             self.note_activity(User, user.id, user.last_activity)
 
-    def note_activity(self, model: type[Row], row_id: int, before: datetime | None, at: datetime | None = None,
-                      resolution: float | None = None) -> None:
+    def note_activity(self, model: type[Row], row_id: int, before: datetime | None, at: datetime | None = None) -> None:
         """Record that a token, user or server was used at `at` (default: now), unless the last record is later, or
-        earlier by less than `resolution` seconds (default: the setting)."""
+        `before`, what the caller knows of it, is too recent for the setting `activity_resolution`."""
         at = at or now()
-        newest = at - timedelta(seconds=self.settings.activity_resolution if resolution is None else resolution)
-        if before is None or before < newest:
-            stored = model.last_activity.db_value
-            ACTIVITY_UPDATES[model].execute(self.store.database, stored(at), row_id, stored(newest))
+        if before is None or before < at - timedelta(seconds=self.settings.activity_resolution):
+            stored = model.last_activity.db_value(at)
+            ACTIVITY_UPDATES[model].execute(self.store.database, stored, row_id, stored)
 
     def record_activity(self, user: User | UserDetails, at: datetime | None, servers: dict[str, datetime]) -> None:
-        """Record when the user (at `at`) and their servers were last used. A stale report changes nothing.
-
-        Raises BadRequest for a server that does not exist.
-        """
+        """Record when the user (at `at`) and their servers were last used. A stale report changes nothing. Raises
+        BadRequest for a server that does not exist."""
         known = {row.name: row for row in SERVER_ACTIVITY.run(self.store.database, user.id)} if servers else {}
         for name in servers:
             if name not in known:
@@ -2652,12 +2608,8 @@ class People:
             self.note_activity(User, user.id, user.last_activity, at)
         for name, moment in servers.items():
             server = known[name]
-            is_first = not has_reported(server.started, server.last_activity)
-            self.note_activity(Server, server.id, server.last_activity, moment, resolution=0 if is_first else None)
-
-
-def _server_details(row):
-    return ServerDetails(row.server_name, row.status, row.state, row.options, row.started, row.server_activity)
+            is_first = has_reported(server.started, moment) and not has_reported(server.started, server.last_activity)
+            self.note_activity(Server, server.id, None if is_first else server.last_activity, moment)
 
 
 class Groups:
@@ -2704,16 +2656,15 @@ class Groups:
         log.info("group %s has new properties", group.name)
 
     def add_members(self, group: Group, names: list[str]) -> None:
-        """Add users to the group, all or none; it is idempotent. Raises BadRequest for an unknown user."""
+        """Add users to the group, all or none. Idempotent. Raises BadRequest for an unknown user."""
         with self.store.transaction():
             for user in self._known_users(names):
                 Membership.insert(user=user, group=group).on_conflict_ignore().execute()
 
     def remove_members(self, group: Group, names: list[str]) -> None:
-        """Take users out of the group, all or none; it is idempotent. Raises BadRequest for an unknown user."""
-        with self.store.transaction():
-            known = self._known_users(names)
-            Membership.delete().where((Membership.group == group) & Membership.user.in_(known)).execute()
+        """Take users out of the group, all or none. Idempotent. Raises BadRequest for an unknown user."""
+        users = self._known_users(names)
+        Membership.delete().where((Membership.group == group) & Membership.user.in_(users)).execute()
 
     def _known_users(self, names):
         users = [self.people.get(name) for name in names]
@@ -2737,9 +2688,8 @@ class Groups:
     def members_of(self, groups: list[Group]) -> dict[int, list[str]]:
         """The names of the members by the group's id, in one query however many groups there are."""
         members = {}
-        rows = (Membership.select(Membership.group, User.name).join(User)
-                .where(Membership.group.in_(groups)).order_by(Membership.id).tuples())
-        for group_id, name in rows:
+        rows = Membership.select(Membership.group, User.name).join(User).where(Membership.group.in_(groups))
+        for group_id, name in rows.order_by(Membership.id).tuples():
             members.setdefault(group_id, []).append(name)
         return members
 
@@ -3601,9 +3551,10 @@ class Servers:
 
     def stop(self, server: Server, forget: bool = False) -> None:
         """Stop a server or give up its start, without waiting; `forget` deletes a named one once it has stopped."""
-        self.observe(server)
         if forget:
             Server.update(forget=True).where(_row_of(server)).execute()
+            self.life_cycle.reload(server)  # a start that was under way may have come before this
+        self.observe(server)
         while server.status in ("spawning", "ready"):
             moment = now()
             User.update(last_activity=moment).where(User.id == server.user_id).execute()
@@ -3695,7 +3646,7 @@ class Services:
 
     def find(self, name: str) -> Service:
         """The service of that name. Raises NotFound."""
-        service = Service.get_or_none(Service.name == name)
+        service = Service.get_or_none(Service.name == storable(name))
         if service is None:
             raise NotFound(f"No such service: {name}")
         return service
@@ -3849,7 +3800,6 @@ TOO_LATE = "This page was open for too long, or cookies are switched off."
 @dataclass
 class Visit:
     """One request to the hub: how it has come in, and, as far as that is known yet, who makes it."""
-
     client: Client
     mount: Mount
     is_inside: bool                 # of base_url
@@ -3872,7 +3822,6 @@ class Visit:
 
 class HubRequest(falcon.Request):
     """falcon's request, with the Visit that was made of it at the entrance."""
-
     visit = property(lambda self: self.env["minihub.visit"])
 
 
@@ -3911,10 +3860,9 @@ class Visitors:
         return Identity.of_user(user, req.visit.session_id)
 
     def _is_from_hub_page(self, req):
-        """Whether a request made by cookie comes from the hub's own pages; JupyterHub, too, asks for such a Referer."""
         if req.method not in ("GET", "HEAD", "OPTIONS"):
             return self._is_xsrf_token(req, req.get_header("X-XSRFToken") or "")
-        _, _, referer = (req.get_header("Referer") or "").partition("://")
+        _, _, referer = (req.get_header("Referer") or "").partition("://")  # as JupyterHub asks for it
         return referer.startswith(req.visit.client.host + req.visit.page())
 
     def xsrf_token(self, req: HubRequest) -> str:
@@ -3976,15 +3924,13 @@ def require(condition: Any, message: str = "Forbidden") -> None:
 
 
 def needs_any(req, resp, resource, params):
-    """For everybody the hub can identify, even by an OAuth token."""
     req.visit.identity = resource.visitors.identify(req)
     require(req.visit.identity, "Missing or invalid credentials.")
 
 
 def needs_full(req, resp, resource, params):
-    """For everybody with more than an OAuth token, which serves only to identify its owner."""
     needs_any(req, resp, resource, params)
-    require(req.visit.identity.client is None)
+    require(req.visit.identity.client is None)  # an OAuth token serves only to identify its owner
 
 
 def needs_admin(req, resp, resource, params):
@@ -4000,13 +3946,11 @@ def needs_self_or_admin(req, resp, resource, params):
 
 
 def needs_api_token(req, resp, resource, params):
-    """For services and servers that ask about others: with neither a cookie nor an OAuth token."""
     needs_full(req, resp, resource, params)
-    require(req.visit.identity.token_id)
+    require(req.visit.identity.token_id)  # and not a cookie: services and servers ask about others
 
 
 def needs_login(req, resp, resource, params):
-    """For people signed in in the browser; others are sent to sign in and come back."""
     user = resource.visitors.user_of(req)
     if user is None:
         query = urlencode({"next": request_target(req.env)})
@@ -4016,7 +3960,6 @@ def needs_login(req, resp, resource, params):
 
 
 def needs_own_pages(req, resp, resource, params):
-    """For the person the path names (nobody: whoever is signed in), and for admins."""
     needs_login(req, resp, resource, params)
     user = req.visit.user
     is_own = resource.people.is_same(params.get("name", user.name), user.name)
@@ -4030,7 +3973,6 @@ def needs_admin_login(req, resp, resource, params):
 
 
 def needs_xsrf(req, resp, resource, params):
-    """For forms of the hub's own pages. Comes after the hook that says who is signed in."""
     req.visit.form = read_form(req)
     require(resource.visitors.is_own_form(req, req.visit.form), f"{TOO_LATE} Go back, reload it and try again")
 
@@ -5378,18 +5320,16 @@ class AdminPage(ServersPage):
 
 USER = API + "/users/{name:text}"
 
-#: Every path: its pattern, its resource, and the suffix of the responders' names.
-ROUTES = (
-    (API, VersionResource, None),
-    (API + "/", VersionResource, None),
+#: Every path, whose parts in [...] may be left out, with its resource and the suffix of the responders' names.
+PATTERNS = (
+    (API + "[/]", VersionResource, None),
     (API + "/info", InfoResource, None),
     (API + "/users", UsersResource, None),
     (USER, UserResource, None),
     (USER + "/activity", ActivityResource, None),
     (USER + "/server", ServerResource, None),
     (USER + "/server/progress", ProgressResource, None),
-    (USER + "/servers/", ServerResource, None),
-    (USER + "/servers/{server_name:text}", ServerResource, None),
+    (USER + "/servers/[{server_name:text}]", ServerResource, None),
     (USER + "/servers/{server_name:text}/progress", ProgressResource, None),
     (USER + "/tokens", TokensResource, None),
     (USER + "/tokens/{token_id:text}", TokenResource, None),
@@ -5403,8 +5343,7 @@ ROUTES = (
     (API + "/proxy", ProxyResource, None),
     (API + "/authorizations/token", AuthorizeTokenResource, None),
     (API + "/authorizations/token/{token:text}", IdentityResource, "token"),
-    (API + "/authorizations/cookie/{cookie_name:text}", IdentityResource, "cookie"),
-    (API + "/authorizations/cookie/{cookie_name:text}/{cookie_value:text}", IdentityResource, "cookie"),
+    (API + "/authorizations/cookie/{cookie_name:text}[/{cookie_value:text}]", IdentityResource, "cookie"),
     (API + "/oauth2/authorize", AuthorizeResource, None),
     (API + "/oauth2/token", OAuthTokenResource, None),
     (API + "/shutdown", ShutdownResource, None),
@@ -5415,13 +5354,9 @@ ROUTES = (
     ("/hub/logout", LogoutPage, None),
     ("/hub/link/{token:text}", LinkPage, None),
     ("/hub/home", HomePage, None),
-    ("/hub/spawn", SpawnPage, None),
-    ("/hub/spawn/{name:text}", SpawnPage, None),
-    ("/hub/spawn/{name:text}/{server_name:text}", SpawnPage, None),
-    ("/hub/spawn-pending/{name:text}", SpawnPendingPage, None),
-    ("/hub/spawn-pending/{name:text}/{server_name:text}", SpawnPendingPage, None),
-    ("/hub/stop/{name:text}", StopPage, None),
-    ("/hub/stop/{name:text}/{server_name:text}", StopPage, None),
+    ("/hub/spawn[/{name:text}[/{server_name:text}]]", SpawnPage, None),
+    ("/hub/spawn-pending/{name:text}[/{server_name:text}]", SpawnPendingPage, None),
+    ("/hub/stop/{name:text}[/{server_name:text}]", StopPage, None),
     ("/hub/delete/{name:text}/{server_name:text}", StopPage, "delete"),
     ("/hub/token", TokenPage, None),
     ("/hub/admin", AdminPage, None),
@@ -5431,6 +5366,8 @@ ROUTES = (
     ("/hub/health", HealthPage, None),
     ("/hub/logo", LogoPage, None),
 )
+ROUTES = [(path, kind, suffix) for pattern, kind, suffix in PATTERNS
+          for path in itertools.accumulate(pattern.rstrip("]").split("["))]
 
 NO_DATABASE = "The hub's database does not answer just now. Nothing is lost; try again in a moment."
 NO_ANSWER = "This server does not answer just now. It may be busy, or about to stop. Try again in a moment."
@@ -5469,8 +5406,8 @@ class Hub:
         self.shut_down = Shutdown(settings, self.store, self.servers, self.services, self.routes)
         self._entrance = Entrance(settings, self.site)
         self._passage = Passage(settings, self.tokens, authenticator.has_form)
-        self._errors = Errors(self.store, self.visitors)
-        self._pages = make_pages(self, self._errors)
+        self._envelope = Envelope(self.store, self.visitors)
+        self._pages = make_pages(self, self._envelope.make_app())
         self._apply_settings()
 
     def _jobs(self):
@@ -5499,7 +5436,7 @@ class Hub:
             with self.store.connected():
                 return self._answer(environ, start_response)
         except DatabaseTrouble as error:
-            return self._errors.refuse(error, environ, start_response)
+            return self._envelope.refuse(error, environ, start_response)
 
     def _answer(self, environ, start_response):
         mount = environ["minihub.visit"].mount
@@ -5510,7 +5447,7 @@ class Hub:
             if route := self.routes.find(mount.base, environ["PATH_INFO"]):
                 return self._forward(environ, start_response, *route)
         except (HubError, Redirect) as refusal:
-            return self._errors.refuse(refusal, environ, start_response)
+            return self._envelope.refuse(refusal, environ, start_response)
         return self._pages(environ, start_response)
 
     def _forward(self, environ, start_response, target, data):
@@ -5525,14 +5462,11 @@ class Hub:
     def wrap(self, application: Callable) -> Callable:
         """A WSGI application that is this hub for `base_url` itself and for hub/, user/ and services/ below it, and
         `application` for all other paths."""
-        def choose(environ, start_response):
-            return (self if self._entrance.is_for_hub(environ) else application)(environ, start_response)
-
-        return choose
+        return lambda environ, start_response: (
+            self if self._entrance.is_for_hub(environ) else application)(environ, start_response)
 
     def create_users(self, names: list[str], admin: bool = False) -> list[User]:
-        """Create those of the users who are new, all or none. Raises BadRequest for invalid names, Conflict if none is
-        new."""
+        """Create those users who are new, all or none. Raises BadRequest for invalid names, Conflict if none is new."""
         with self.store.connected():
             return self.people.create_many(names, admin)
 
@@ -5564,10 +5498,9 @@ class Hub:
             return self.ticker.tick()
 
     def close(self) -> None:
-        """End this process's threads of the hub, its connections and, if the database is in memory, that.
+        """End the hub's threads in this process, its connections and a database in memory. Servers and services go on.
 
-        Servers and services go on, as they do when the process ends. A later request starts the threads again. Not for
-        callbacks, which the threads themselves may run.
+        A later request starts the threads again. Not for callbacks, which the threads themselves may run.
         """
         self.ticker.close()
         self.splicer.close()
@@ -5638,33 +5571,15 @@ class Entrance:
 
 
 class Envelope:
-    """Middleware: the browser session before a page's responder, and after everything the headers of every response."""
-
-    def process_request(self, req, resp):
-        session_id = req.cookies.get(SESSION_COOKIE, "") if "HTTP_COOKIE" in req.env else ""
-        req.visit.session_id = session_id if re.fullmatch(r"[0-9a-f]{32}", session_id) else ""
-
-    def process_resource(self, req, resp, resource, params):
-        if getattr(resource, "wants_session", False):
-            resource.visitors.ensure_session(req, resp)
-
-    def process_response(self, req, resp, resource, req_succeeded):
-        resp.set_header("X-JupyterHub-Version", API_VERSION)
-        resp.set_header("X-Content-Type-Options", "nosniff")
-        if is_api(req):
-            resp.set_header("Access-Control-Allow-Headers", "accept, content-type, authorization")
-            resp.set_header("Content-Security-Policy", "frame-ancestors 'self'; default-src 'none'")
-
-
-class Errors:
-    """Renders errors: JSON for programs, a page for people; never internals."""
+    """What surrounds the hub's own responses: the browser session, the headers, and errors, as JSON for programs and as
+    pages for people, without internals."""
 
     def __init__(self, store: Store, visitors: Visitors):
         self.store, self.visitors = store, visitors
 
     def make_app(self) -> falcon.App:
-        """A falcon application, still without routes, whose errors are rendered here."""
-        application = falcon.App(middleware=[Envelope()], request_type=HubRequest)
+        """A falcon application, still without routes."""
+        application = falcon.App(middleware=[self], request_type=HubRequest)
         for kind in (falcon.HTTPError, Exception):
             application.add_error_handler(kind, self.render)
         return application
@@ -5677,6 +5592,21 @@ class Errors:
         application = self.make_app()
         application.add_sink(fail)
         return application(environ, start_response)
+
+    def process_request(self, req, resp):
+        session_id = req.cookies.get(SESSION_COOKIE, "") if "HTTP_COOKIE" in req.env else ""
+        req.visit.session_id = session_id if re.fullmatch(r"[0-9a-f]{32}", session_id) else ""
+
+    def process_resource(self, req, resp, resource, params):
+        if getattr(resource, "wants_session", False):
+            self.visitors.ensure_session(req, resp)
+
+    def process_response(self, req, resp, resource, req_succeeded):
+        resp.set_header("X-JupyterHub-Version", API_VERSION)
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        if is_api(req):
+            resp.set_header("Access-Control-Allow-Headers", "accept, content-type, authorization")
+            resp.set_header("Content-Security-Policy", "frame-ancestors 'self'; default-src 'none'")
 
     def render(self, req: HubRequest, resp: falcon.Response, error: Exception, params: Any) -> None:
         """falcon's hook for errors."""
@@ -5733,9 +5663,8 @@ class NonEmptyConverter(falcon.routing.BaseConverter):
         return value or None
 
 
-def make_pages(hub: Hub, errors: Errors) -> falcon.App:
-    """The hub's own pages and API. Where there is GET, there is HEAD."""
-    application = errors.make_app()
+def make_pages(hub: Hub, application: falcon.App) -> falcon.App:
+    """The application, with the hub's own pages and API. Where there is GET, there is HEAD."""
     application.router_options.converters["text"] = NonEmptyConverter
     resources = {kind: kind(hub) for _, kind, _ in ROUTES}
     for path, kind, suffix in ROUTES:
@@ -5785,29 +5714,23 @@ class Shutdown:
             log.warning("the WSGI server goes on: the hub cannot end it, and the setting on_shutdown is not set")
 
 
-_app_lock = threading.Lock()
-
-
 def __getattr__(name):
     """`minihub.app`, made from the `MINIHUB_*` variables when it is first asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _app_lock:
-        if "app" not in globals():
-            log_to_stderr()
-            hub = Hub(**vars(Settings.from_environ()))
-            hub.shut_down.owns_host = True
-            hub.ticker.start_in_workers()
-            globals()["app"] = hub
-        return globals()["app"]
+    return _make_app()
 
 
-def log_to_stderr() -> None:
-    """Show the log in gunicorn's format, unless the program that runs the hub has set up logging."""
-    if not log.hasHandlers():
+@functools.cache
+def _make_app():
+    if not log.hasHandlers():  # the program that runs the hub has set up no logging: use gunicorn's format
         text = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
         logging.basicConfig(format=text, datefmt="%Y-%m-%d %H:%M:%S %z")
         log.setLevel(logging.INFO)
+    hub = Hub(**vars(Settings.from_environ()))
+    hub.shut_down.owns_host = True
+    hub.ticker.start_in_workers()
+    return hub
 
 
 ########################################################################################################
