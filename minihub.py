@@ -3924,16 +3924,19 @@ def require(condition: Any, message: str = "Forbidden") -> None:
 
 
 def needs_any(req, resp, resource, params):
+    """For everybody the hub can identify, even by an OAuth token."""
     req.visit.identity = resource.visitors.identify(req)
     require(req.visit.identity, "Missing or invalid credentials.")
 
 
 def needs_full(req, resp, resource, params):
+    """For everybody with more than an OAuth token."""
     needs_any(req, resp, resource, params)
     require(req.visit.identity.client is None)  # an OAuth token serves only to identify its owner
 
 
 def needs_admin(req, resp, resource, params):
+    """For admins."""
     needs_full(req, resp, resource, params)
     require(req.visit.identity.admin)
 
@@ -3946,11 +3949,13 @@ def needs_self_or_admin(req, resp, resource, params):
 
 
 def needs_api_token(req, resp, resource, params):
+    """For services and servers that ask about others, with an API token."""
     needs_full(req, resp, resource, params)
     require(req.visit.identity.token_id)  # and not a cookie: services and servers ask about others
 
 
 def needs_login(req, resp, resource, params):
+    """For people signed in in the browser. Others are sent to sign in and come back."""
     user = resource.visitors.user_of(req)
     if user is None:
         query = urlencode({"next": request_target(req.env)})
@@ -3960,6 +3965,7 @@ def needs_login(req, resp, resource, params):
 
 
 def needs_own_pages(req, resp, resource, params):
+    """For the user the path names (without a name: who is signed in), and for admins."""
     needs_login(req, resp, resource, params)
     user = req.visit.user
     is_own = resource.people.is_same(params.get("name", user.name), user.name)
@@ -3968,11 +3974,13 @@ def needs_own_pages(req, resp, resource, params):
 
 
 def needs_admin_login(req, resp, resource, params):
+    """For admins signed in in the browser."""
     needs_login(req, resp, resource, params)
     require(req.visit.user.admin, "This page is for admins")
 
 
 def needs_xsrf(req, resp, resource, params):
+    """For forms of the hub's own pages. Comes after the hook that finds out who is signed in."""
     req.visit.form = read_form(req)
     require(resource.visitors.is_own_form(req, req.visit.form), f"{TOO_LATE} Go back, reload it and try again")
 
