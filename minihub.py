@@ -1,16 +1,7 @@
 """minihub: a notebook hub in one file, as a WSGI application.
 
-It speaks the JupyterHub REST API 1.2, starts real single-user Jupyter servers, carries their traffic,
-is their OAuth2 provider, and has the pages people click. Run it by itself:
-
-    gunicorn minihub:app
-
-or mount it in any WSGI site:
-
-    from minihub import Hub
-    from werkzeug.middleware.dispatcher import DispatcherMiddleware
-
-    site.wsgi_app = DispatcherMiddleware(site.wsgi_app, {"/lab": Hub(database="sqlite:///lab.sqlite")})
+It speaks the JupyterHub REST API 1.2, starts real single-user Jupyter servers, carries their traffic, is their OAuth2
+provider, and has the pages people click. Run it with `gunicorn minihub:app`, or mount a `Hub(...)` in any WSGI site.
 
 Contents:
 
@@ -42,13 +33,13 @@ import hashlib
 import hmac
 import html
 import http.client
-import importlib
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
+import pkgutil
 import re
 import secrets
 import selectors
@@ -73,7 +64,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import falcon
@@ -102,10 +93,10 @@ log = logging.getLogger("minihub")
 # 2. Settings
 ########################################################################################################
 
-
 #: The default session cookies of Flask, Django, PHP, Java, Express and Laravel.
-SITE_COOKIES = (
-    "session", "remember_token", "sessionid", "csrftoken", "PHPSESSID", "JSESSIONID", "connect.sid", "laravel_session")
+SITE_COOKIES = tuple(
+    "session remember_token sessionid csrftoken PHPSESSID JSESSIONID connect.sid laravel_session".split())
+SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +163,7 @@ class Settings:
             **{name: tuple(getattr(self, name)) for name in ("admins", "env_keep", "trusted_proxies", "site_cookies")})
         if self.user_url:
             self._check_user_url()
-        words = _parse("cmd", shlex.split, self.cmd, "must be a command line with matching quotes")
-        demand(words, "cmd", "must name a command", self.cmd)
+        _parse("cmd", lambda line: shlex.split(line)[0], self.cmd, "must be a command line with matching quotes")
         names = [spec.name for spec in self.services]
         demand(len(set(names)) == len(names), "services", "must have different names", names)
 
@@ -188,19 +178,16 @@ class Settings:
             _parse("trusted_proxies", ipaddress.ip_network, value, "must be IP addresses or networks")
         demand(self.authenticator != "dummy" or self.password, "password",
                "must be set for the dummy authenticator, which lets in everybody who knows it", self.password)
-        variable = self.remote_user_variable
-        demand(variable and not variable.upper().startswith("HTTP_"), "remote_user_variable",
-               "must be a variable that the site sets, not a header that clients send", variable)
+        demand(not re.match("HTTP_|$", self.remote_user_variable, re.IGNORECASE), "remote_user_variable",
+               "must be a variable that the site sets, not a header that clients send", self.remote_user_variable)
         demand(not self.identify or self.authenticator not in ("password", "dummy"), "identify",
                "needs remote-user as the setting authenticator", self.authenticator)
 
     def _check_user_url(self):
         """Browsers must see another site there than the hub's, and servers must not look for the hub there."""
         url = self.user_url
-        demand(re.fullmatch(r"https?://(\{username\}\.)?[A-Za-z0-9.-]+(:[0-9]+)?", url), "user_url",
-               "must look like https://host or https://{username}.host", url)
-        demand(not re.search(r"\.[0-9]+(:[0-9]+)?$", url), "user_url",
-               "must be a host name, because servers reach the hub at its IP address", url)
+        demand(re.fullmatch(r"https?://(\{username\}\.)?[A-Za-z0-9.-]*[A-Za-z][A-Za-z0-9-]*(:[0-9]+)?", url),
+               "user_url", "must look like https://host or https://{username}.host, and not be an IP address", url)
         demand(self.public_url, "user_url", "needs public_url, the address of the hub's own pages", self.public_url)
         any_port = re.sub(":[0-9]+$", "", url)  # a cookie is sent to every port of its host (RFC 6265, 8.5)
         demand(not is_host_of(any_port, urlsplit(self.public_url).hostname)
@@ -208,9 +195,8 @@ class Settings:
                "user_url", "must be another host than those of public_url and hub_url", url)
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """The settings from this process's variables `MINIHUB_*`; warns of unknown ones. Raises SettingError."""
-        environ = os.environ if environ is None else environ
         given = {name[8:].lower(): text for name, text in environ.items() if name.startswith("MINIHUB_")}
         kinds = {name: kind for name, kind in _kinds_of(cls).items() if kind.from_text}
         for name in given.keys() - kinds:
@@ -218,9 +204,8 @@ class Settings:
         return cls(**{name: _parse(name, kind.from_text, given[name], kind.must) for name, kind in kinds.items()
                       if name in given})
 
-    def inherited_variables(self, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    def inherited_variables(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """The environment variables that a server inherits from this process. An allow-list: no secret leaks."""
-        environ = os.environ if environ is None else environ
         kept = {name: value for name, value in environ.items()
                 if name in INHERITED_VARIABLES or name in self.env_keep or name.startswith("LC_")}
         # A hub started as venv/bin/gunicorn finds jupyterhub-singleuser beside the Python that runs it.
@@ -233,17 +218,9 @@ INHERITED_VARIABLES = frozenset(
     " LD_LIBRARY_PATH HOME USER SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE JUPYTERHUB_SINGLEUSER_APP"
     " JUPYTERHUB_SINGLEUSER_EXTENSION JUPYTERHUB_ACTIVITY_INTERVAL".split())
 
-
-class Kind(NamedTuple):
-    """A type of setting: its check, what the error says, and how a variable's text is read."""
-
-    is_right: Callable[[Any], bool]
-    must: str
-    from_text: Callable[[str], Any] | None = None  # None: a Python object, which no variable can hold
-
-
+#: A type of setting: its check, what the error says, and how a variable's text is read (None: no variable can hold it).
+Kind = namedtuple("Kind", "is_right must from_text", defaults=[None])
 TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
 KINDS: dict[Any, Kind] = {
     Any: Kind(lambda value: True, "", str),
     str: Kind(lambda value: isinstance(value, str), "must be a string", str),
@@ -266,9 +243,6 @@ KINDS: dict[Any, Kind] = {
 
 def _kinds_of(cls):
     return {name: KINDS[hint] for name, hint in get_type_hints(cls).items()}
-
-
-SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  # and a service's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,19 +268,19 @@ class ServiceSpec:
         """The entry, checked. Raises SettingError."""
         if isinstance(value, cls):
             return value
-        demand(isinstance(value, dict) and isinstance(value.get("name"), str), "services",
-               "must be a list of objects, each with a name", value)
-        name, words, kinds = value["name"], value.get("command", ()), _kinds_of(cls)
-        demand(SERVER_NAME.fullmatch(name), "services", "must have names of letters, digits and -_.~", name)
-        demand(value.keys() <= kinds.keys(), "services", f"{name} must have no other keys than {', '.join(kinds)}",
-               sorted(value.keys() - kinds.keys()))
-        if isinstance(words, str):
-            words = _parse("services", shlex.split, words, f"command of {name} must have matching quotes")
-        for key, item in {**value, "command": words}.items():
+        name = value.get("name") if isinstance(value, dict) else None
+        demand(isinstance(name, str) and SERVER_NAME.fullmatch(name), "services",
+               "must be a list of objects, each with a name of letters, digits and -_.~", name)
+        kinds = _kinds_of(cls)
+        unknown = sorted(value.keys() - kinds)
+        demand(not unknown, "services", f"{name} must have no other keys than {', '.join(kinds)}", unknown)
+        if isinstance(value.get("command"), str):
+            words = _parse("services", shlex.split, value["command"], f"command of {name} must have matching quotes")
+            value = {**value, "command": words}
+        for key, item in value.items():
             demand(kinds[key].is_right(item), "services", f"{key} of {name} {kinds[key].must}", item)
-        spec = cls(**{**value, "command": tuple(words)})
-        demand(not spec.url or is_address(spec.url), "services",
-               f"url of {name} must look like http://host:port", spec.url)
+        spec = cls(**{**value, "command": tuple(value.get("command", ()))})
+        demand(not spec.url or is_address(spec.url), "services", f"url of {name} must look like http://host", spec.url)
         demand(not spec.oauth_client_id.startswith("jupyterhub-user-"), "services",
                f"oauth_client_id of {name} must not be one that a server can have", spec.oauth_client_id)
         demand(not spec.api_token or len(spec.api_token) >= 8, "services",
@@ -364,19 +338,15 @@ def is_host_of(url: str, host: str) -> bool:
 
 
 def load_hook(setting: str, choice: Any, builtin: dict[str, type], base: type) -> Any:
-    """The hook that a setting names: a built-in's name, `package.module:Class`, a class, or an object.
-
-    Raises SettingError, also for an object that another hub has already.
-    """
-    kind = builtin.get(choice, choice) if isinstance(choice, str) else choice
-    if isinstance(kind, str):
-        module, _, name = kind.partition(":")
-        demand(module and name, setting, f"must be {', '.join(builtin)} or package.module:Class", choice)
+    """The hook that a setting names (a built-in, `package.module:Class`, a class or an object). Raises SettingError."""
+    hook = builtin.get(choice, choice) if isinstance(choice, str) else choice
+    if isinstance(hook, str):
         try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise SettingError(setting, f"must be importable: {error}", choice) from None
-    hook = kind() if isinstance(kind, type) else kind
+            hook = pkgutil.resolve_name(hook)
+        except (ImportError, AttributeError, ValueError) as error:
+            problem = f"must be {', '.join(builtin)} or package.module:Class: {error}"
+            raise SettingError(setting, problem, choice) from None
+    hook = hook() if isinstance(hook, type) else hook
     demand(isinstance(hook, base), setting, f"must be a kind of {base.__name__}", choice)
     demand(hook.settings is None, setting, "must be an object of its own for each hub", choice)
     return hook
@@ -385,6 +355,13 @@ def load_hook(setting: str, choice: Any, builtin: dict[str, type], base: type) -
 ########################################################################################################
 # 3. Errors, time, secrets, names
 ########################################################################################################
+
+SCRYPT = {"n": 2 ** 14, "r": 8, "p": 1}  # 16 MiB and about 50 ms a guess
+NAME_LENGTH = 255  # the width of JupyterHub's column
+#: First path segments of Jupyter's own pages: a server of that name would hide the page of the default server.
+RESERVED_SERVER_NAMES = frozenset(
+    "api custom edit doc files hub kernelspecs lab login logout metrics nbconvert nbextensions notebooks"
+    " oauth_callback static terminals tree view voila".split())
 
 
 class HubError(Exception):
@@ -434,10 +411,6 @@ class Misdirected(HubError):
 class TooMany(HubError):
     """429: a rate limit or another limit is reached; `retry_after` says for how long, if that is known."""
     status = 429
-
-
-class SpawnFailed(HubError):
-    """500: a server did not start; the message ends with the last lines of its log."""
 
 
 class NotPossible(HubError):
@@ -504,31 +477,17 @@ def challenge_of(verifier: str) -> str:
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
-SCRYPT = {"n": 2 ** 14, "r": 8, "p": 1}  # 16 MiB and about 50 ms a guess
-
-
 def hash_password(password: str) -> str:
     """`scrypt$salt$key`, both in hex, with a random salt."""
     salt = secrets.token_bytes(16)
     return f"scrypt${salt.hex()}${hashlib.scrypt(password.encode(), salt=salt, **SCRYPT).hex()}"
 
 
-#: Checked for users who do not exist or have no password, so that these take as long as the others.
-NO_PASSWORD = f"scrypt${'00' * 16}${'00' * 64}"
-
-
 def check_password(password: str, hashed: str | None) -> bool:
     """Whether `password` has this hash; False if there is none. Takes the same time in every case."""
-    _, salt, key = (hashed or NO_PASSWORD).split("$")
+    _, salt, key = (hashed or f"scrypt${'00' * 16}${'00' * 64}").split("$")
     computed = hashlib.scrypt(password.encode("utf-8", "surrogateescape"), salt=bytes.fromhex(salt), **SCRYPT)
     return hmac.compare_digest(computed.hex(), key) and hashed is not None
-
-
-NAME_LENGTH = 255  # the width of JupyterHub's column
-#: First path segments of Jupyter's own pages: a server of that name would hide the page of the default server.
-RESERVED_SERVER_NAMES = frozenset(
-    "api custom edit doc files hub kernelspecs lab login logout metrics nbconvert nbextensions notebooks"
-    " oauth_callback static terminals tree view voila".split())
 
 
 def normalize_name(name: str) -> str:
@@ -551,8 +510,7 @@ def is_valid_name(name: str) -> bool:
 def check_server_name(name: str) -> str:
     """The name, if a server can have it in its URL. Raises BadRequest."""
     if name and (not SERVER_NAME.fullmatch(name) or name.lower() in RESERVED_SERVER_NAMES):
-        raise BadRequest(f"Invalid server_name: {name!r}. Use up to 63 letters, digits, '-', '_', '.' and '~', and no"
-                         " word that Jupyter's own pages use")
+        raise BadRequest(f"Invalid server_name: {name!r}. Use up to 63 letters, digits and -_.~, no word Jupyter uses")
     return name
 
 
@@ -718,14 +676,6 @@ class OAuthClient(Row):
     server = pw.ForeignKeyField(Server, null=True, backref="clients", on_delete="CASCADE")
     service = pw.ForeignKeyField(Service, null=True, backref="clients", on_delete="CASCADE")
 
-    @property
-    def owner(self) -> User | None:
-        return self.server and self.server.user
-
-    @property
-    def skips_consent(self) -> bool:
-        return bool(self.service and self.service.spec["oauth_no_confirm"])
-
 
 class Token(Row):
     """An API token, or, with a `client`, an OAuth access token. `server` is set on the token a server runs with."""
@@ -798,12 +748,13 @@ class CompiledQuery:
     def __init__(self, query: pw.Query, **columns: pw.Field):
         self._query = query.columns(*columns.values()) if columns else query
         self._row = namedtuple("Row", columns)
-        self._converters = [field.python_value for field in columns.values()]
+        converted = (MomentField, JSONField, pw.BooleanField)  # text and numbers come as they are
+        self._converters = [isinstance(field, converted) and field.python_value for field in columns.values()]
         self._sql: dict[str, str] = {}
 
     def run(self, database: pw.Database, *values: Any) -> list[Any]:
         """The rows of a SELECT, as named tuples of Python values."""
-        return [self._row._make([to_python(value) for to_python, value in zip(self._converters, row)])
+        return [self._row._make([convert(value) if convert else value for convert, value in zip(self._converters, row)])
                 for row in self.execute(database, *values).fetchall()]
 
     def execute(self, database: pw.Database, *values: Any) -> Any:
@@ -865,10 +816,6 @@ class Store:
         """Make other transactions that lock the same job wait until this one ends. (In SQLite they wait already.)"""
         self.set_fact(f"lock:{job}", None)
 
-    def check(self) -> None:
-        """Raises one of DatabaseTrouble if the database does not answer."""
-        self.database.execute_sql("SELECT 1")
-
     def fact(self, key: str, default: Any = None) -> Any:
         """The value kept under that key."""
         row = Fact.get_or_none(Fact.key == key)
@@ -889,12 +836,10 @@ class Store:
             raise BadRequest("Only an SQLite database is copied this way. For PostgreSQL use pg_dump")
         try:
             Path(path).touch(0o600, exist_ok=False)
+            with contextlib.closing(sqlite3.connect(self.database.database)) as connection:
+                connection.execute("VACUUM INTO ?", (path,))  # this thread's connection may be in a transaction
         except OSError as error:
             raise BadRequest(f"The copy {path} cannot be made: {error.strerror}") from None
-        try:
-            with (contextlib.closing(sqlite3.connect(self.database.database)) as source,
-                  contextlib.closing(sqlite3.connect(path)) as copy):
-                source.backup(copy)  # not by this thread's connection, which may be in a transaction
         except sqlite3.Error as error:
             os.unlink(path)
             raise BadRequest(f"The copy {path} cannot be made: {error}") from None
@@ -912,17 +857,31 @@ class Store:
             version = self.fact("schema_version") if Fact.table_exists() else None
             if version == SCHEMA_VERSION:
                 return
-            if version == 1 and isinstance(self.database, pw.SqliteDatabase):
-                copy = f"{self.database.database}.version-1"
-                Path(copy).unlink(missing_ok=True)  # of an upgrade that failed
-                self.backup(copy)
             if version == 1:
-                upgrade_from_version_1(self.database)
+                self._upgrade_from_version_1()
             elif version:
                 raise RuntimeError(f"it was written by a newer minihub than {__version__}")
             self.database.create_tables(MODELS)
             self.set_fact("schema_version", SCHEMA_VERSION)
             log.info("database: schema %s, %s", SCHEMA_VERSION, f"upgraded from {version}" if version else "new")
+
+    def _upgrade_from_version_1(self):
+        """Add the columns of version 2, and drop the CHECK on a server's status, which allows no new one."""
+        # NULL, or with a default of the database's own, because workers of 0.1.0 may still insert rows.
+        for field in (User.display_name, User.uid, User.leaving, Group.properties, Membership.role, Token.scopes):
+            column = field.ddl(self.database.get_sql_context())
+            self.database.execute(pw.NodeList((pw.SQL(f"ALTER TABLE {field.model._meta.table_name} ADD"), column)))
+        if isinstance(self.database, pw.PostgresqlDatabase):
+            self.database.execute_sql("ALTER TABLE servers DROP CONSTRAINT IF EXISTS servers_status_check")
+            return
+        copy = f"{self.database.database}.version-1"
+        Path(copy).unlink(missing_ok=True)  # of an upgrade that failed
+        self.backup(copy)  # sees nothing of this transaction
+        # SQLite's documented way to drop a CHECK: rebuilding the table in a transaction deletes all that refers to it.
+        check = "CHECK (status IN ('stopped', 'spawning', 'ready', 'stopping'))"
+        self.database.execute_sql("PRAGMA writable_schema = ON")
+        self.database.execute_sql("UPDATE sqlite_master SET sql = replace(sql, ?, '') WHERE name = 'servers'", (check,))
+        self.database.execute_sql("PRAGMA writable_schema = RESET")  # and read it again
 
 
 def _remove_own_folder(path, maker):
@@ -938,22 +897,6 @@ def open_database(url: str) -> pw.Database:
     Path(path).touch(0o600)  # SQLite itself would let everybody read it; its WAL takes over the mode
     pragmas = {"journal_mode": "wal", "synchronous": "normal", "foreign_keys": 1}
     return pw.SqliteDatabase(path, pragmas=pragmas, timeout=15, lock_type="IMMEDIATE", autoconnect=False)
-
-
-def upgrade_from_version_1(database: pw.Database) -> None:
-    """Add the columns of version 2, and drop the CHECK on a server's status, which allows no new one."""
-    # NULL, or with a default of the database's own, because workers of 0.1.0 may still insert rows.
-    for field in (User.display_name, User.uid, User.leaving, Group.properties, Membership.role, Token.scopes):
-        column = field.ddl(database.get_sql_context())
-        database.execute(pw.NodeList((pw.SQL(f"ALTER TABLE {field.model._meta.table_name} ADD COLUMN"), column)))
-    if isinstance(database, pw.PostgresqlDatabase):
-        database.execute_sql("ALTER TABLE servers DROP CONSTRAINT IF EXISTS servers_status_check")
-        return
-    # SQLite's documented way to drop a CHECK: rebuilding the table in a transaction deletes all that refers to it.
-    check = "CHECK (status IN ('stopped', 'spawning', 'ready', 'stopping'))"
-    database.execute_sql("PRAGMA writable_schema = ON")
-    database.execute_sql("UPDATE sqlite_master SET sql = replace(sql, ?, '') WHERE name = 'servers'", (check,))
-    database.execute_sql("PRAGMA writable_schema = RESET")  # and read it again
 
 
 def upsert(key: pw.Field, which: Any, /, **columns: Any) -> None:
@@ -977,29 +920,20 @@ def best_effort() -> Iterator[None]:
 
 
 class Authenticator:
-    """How users prove who they are. Subclasses must implement `authenticate`, or `identify`, or both.
-
-    The hub sets `settings` before the first call. Methods run inside a request, with the database open.
-    """
-
-    settings: Settings | None = None
+    """How users prove who they are. Subclasses must implement `authenticate`, or `identify`, or both; they run inside
+    a request, with the database open."""
+    settings: Settings | None = None  # the hub sets it before the first call
     has_form = True  # whether users sign in on the hub's page; if not, only `identify` signs them in
     logout_url = ""  # where users go after signing out; "": the sign-in page
 
     def authenticate(self, credentials: dict[str, Any], environ: dict[str, Any]) -> str | None:
-        """The name of the user with these credentials, or None.
-
-        `credentials` is the login form or the API's JSON object, usually with `username` and `password`; `environ` is
-        the WSGI environment. A new name becomes a new user.
-        """
+        """The name of the user with these credentials, the login form or the API's JSON object, usually with `username`
+        and `password`, or None. A new name becomes a new user. `environ` is the WSGI environment."""
         return None
 
     def identify(self, environ: dict[str, Any]) -> str | tuple[str, dict[str, Any]] | None:
-        """The name of the user whom the host site has signed in, or None.
-
-        `(name, {"admin": True, "groups": ["algebra"]})` also sets whether the user is an admin and the only groups that
-        the user is in. A key that is left out changes nothing.
-        """
+        """The name of the user whom the host site has signed in, or None. `(name, {"admin": True, "groups": ["a"]})`
+        also sets whether the user is an admin and all the user's groups. A key that is left out changes nothing."""
         return None
 
     def normalize(self, name: str) -> str:
@@ -1028,12 +962,7 @@ class DummyAuthenticator(Authenticator):
 
 class RemoteUserAuthenticator(Authenticator):
     """The user whom the host site has signed in, from the WSGI variable `remote_user_variable` or from `identify`."""
-
     has_form = False
-
-    @property
-    def logout_url(self):
-        return self.settings.logout_url
 
     def identify(self, environ):
         if self.settings.identify:
@@ -1056,7 +985,6 @@ AUTHENTICATORS = {
 @dataclass(frozen=True)
 class Launch:
     """One start of a server, as a spawner gets it."""
-
     id: str                     # unique for each start of each server
     user: User                  # .name, .admin, .folder
     name: str                   # the server's, "" for the default one
@@ -1071,10 +999,9 @@ class Spawner:
 
     The only memory between calls is `state`, a JSON dict of the spawner's choosing with at least `target`, the
     http://host:port where the server will answer: any worker must be able to poll or stop a server that another one has
-    started. The hub sets `settings` before the first call. An exception makes the start fail with its text.
+    started. An exception makes the start fail with its text.
     """
-
-    settings: Settings | None = None
+    settings: Settings | None = None  # the hub sets it before the first call
 
     def check(self) -> None:
         """Called once, when the hub starts. Raises SettingError if this spawner cannot work here."""
@@ -1092,10 +1019,8 @@ class Spawner:
         raise NotImplementedError
 
     def stop(self, state: dict[str, Any], now: bool = False) -> dict[str, Any]:
-        """Ask the server to end, or with `now` kill it, and return the new state. Does not wait.
-
-        Called again every other second until `poll` says that the server has ended, so that it can escalate.
-        """
+        """Ask the server to end, or with `now` kill it, and return the new state, without waiting for the end. Called
+        again every other second until `poll` says that the server has ended, so that it can escalate."""
         raise NotImplementedError
 
     def log_tail(self, state: dict[str, Any]) -> str:
@@ -1109,7 +1034,6 @@ class Spawner:
 
 class SubprocessSpawner(Spawner):
     """Servers as processes of the hub's own system user, in sessions of their own that outlive the hub. Linux only."""
-
     #: Seconds after the stop, and the signal. 9 is SIGKILL, a name that Windows lacks.
     ladder = ((0, signal.SIGINT), (5, signal.SIGTERM), (10, 9))
 
@@ -1147,10 +1071,8 @@ class SubprocessSpawner(Spawner):
 
     def start(self, server):
         run = self._run_file(server)
-        for folder in (self.home(server), run.parent):
+        for folder in (self.home(server), self._notebook_dir(server)):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.settings.notebook_dir:
-            self._notebook_dir(server).mkdir(parents=True, exist_ok=True)
         target = f"http://127.0.0.1:{server.port}"
         beat = heartbeat(self.settings) if self.settings.stop_with_hub else None
         options = {"cwd": self.home(server), "env": self.environment(server)}
@@ -1160,12 +1082,12 @@ class SubprocessSpawner(Spawner):
         run = self._run_file(server)
         try:
             number, target = Path(f"{run}.pid").read_text().split()
-            pid = int(number)
+            words = Path(f"/proc/{int(number)}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
             return None
-        # The process id may have been reused; the supervisor's command line names this launch.
-        identity = process_identity(pid) if str(run) in command_line(pid) else None
-        return {"pid": pid, "identity": identity, "run": str(run), "target": target}
+        if os.fsencode(run) not in words:  # the process id has been reused: the supervisor's words name this launch
+            return None
+        return {"pid": int(number), "identity": process_identity(int(number)), "run": str(run), "target": target}
 
     def poll(self, state):
         return poll_process(state)
@@ -1174,19 +1096,16 @@ class SubprocessSpawner(Spawner):
         return stop_process(state, self.ladder, now)
 
     def log_tail(self, state):
-        try:
-            with open(log_of(Path(state["run"])), "rb") as log_file:
-                log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
-                return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-30:])
-        except OSError as error:
-            return f"(its log cannot be read: {error.strerror})"
+        with open(log_of(Path(state["run"])), "rb") as log_file:
+            log_file.seek(-min(8192, os.fstat(log_file.fileno()).st_size), os.SEEK_END)
+            return "\n".join(log_file.read().decode("utf-8", "replace").splitlines()[-30:])
 
     def forget_user(self, user):
         """Rename the user's home, so that no new user of that name inherits it. Deletes nothing. Raises OSError."""
-        # folder_name() escapes "#": no user can be called like this.
-        aside = f"{user.folder}#deleted-{now():%Y%m%d}-{secrets.token_hex(2)}"
+        home = Path(self.settings.homes) / user.folder
         with contextlib.suppress(FileNotFoundError):  # the user never had a server, or the home is renamed already
-            (Path(self.settings.homes) / user.folder).rename(Path(self.settings.homes) / aside)
+            # folder_name() escapes "#": no user can be called like this.
+            aside = home.rename(f"{home}#deleted-{now():%Y%m%d}-{secrets.token_hex(2)}")
             log.info("home of the deleted user %s renamed to %s", user.name, aside)
 
     def _run_file(self, server):
@@ -1225,16 +1144,16 @@ kill -KILL 0
 """
 
 
-def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None = None,
-                  **options: Any) -> dict[str, Any]:
-    """Run a command in a session of its own, and return the state by which any worker can find it.
+def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None = None, **popen: Any) -> dict[str, Any]:
+    """Run a command in a session of its own, and return the state by which any worker can find it. Raises OSError.
 
     `run` is the path, without a suffix, of the files about it: .pid (with the `note` in it) and .exit. Its log is at
-    the same path up to the @. With a `beat` it ends soon after that file is no longer touched. Raises OSError.
+    the same path up to the @. With a `beat` it ends soon after that file is no longer touched.
     """
     if sys.platform != "linux":
         raise OSError(f"processes can be supervised on Linux only, not on {sys.platform}")
     log_file = log_of(run)
+    run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*"):  # of earlier starts
         name.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
@@ -1244,7 +1163,7 @@ def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None 
     try:
         with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                       start_new_session=True, **options)
+                                       start_new_session=True, **popen)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     identity = process_identity(process.pid)  # before it is waited for: after that its id can be reused
@@ -1261,14 +1180,9 @@ def heartbeat(settings: Settings) -> Path:
     return beat
 
 
-def is_process_running(state: dict[str, Any]) -> bool:
-    """Whether a supervised process is running; False if its process id has been reused."""
-    return state["identity"] is not None and process_identity(state["pid"]) == state["identity"]
-
-
 def poll_process(state: dict[str, Any]) -> int | None:
     """None while it runs, else the exit status that its supervisor has written; -9 if that was killed itself."""
-    if is_process_running(state):
+    if state["identity"] is not None and process_identity(state["pid"]) == state["identity"]:  # no other with its id
         return None
     try:
         status = int(Path(f"{state['run']}.exit").read_text())
@@ -1278,14 +1192,12 @@ def poll_process(state: dict[str, Any]) -> int | None:
 
 
 def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dict[str, Any]:
-    """Send the next signal of the ladder to the process group, if it is due; return the new state.
-
-    `ladder` holds pairs of seconds since the first call and a signal. With `now` the last one is due.
-    """
+    """Send the process group the signal of the ladder that is due, once (with `now` the last one is); return the new
+    state. `ladder` holds pairs of seconds since the first call and a signal."""
     asked = state.get("asked_to_stop") or time.time()
     sent = state.get("signals_sent", 0)
     due = len(ladder) if now else sum(time.time() >= asked + after for after, _ in ladder)
-    if due > sent and is_process_running(state):
+    if due > sent and poll_process(state) is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state["pid"], ladder[due - 1][1])
     return {**state, "asked_to_stop": asked, "signals_sent": max(due, sent)}
@@ -1306,18 +1218,9 @@ def process_identity(pid: int) -> str | None:
     return None if after_name[0] in "ZX" else f"{boot}:{after_name[19]}"  # proc(5): fields 3 and 22
 
 
-def command_line(pid: int) -> str:
-    """The command line of a process, "" if there is none with this id."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 def free_port() -> int:
     """A TCP port of this machine on which nothing listens at the moment."""
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
@@ -1339,13 +1242,10 @@ CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a conne
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
                        " transfer-encoding upgrade".split())
 
-#: These make a web server in front of the hub send a file of its own.
-SENDS_FILE = frozenset(("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file"))
-
-#: These hold for the whole origin, not for one server, and some outlast the visit: a service worker for / would stand
-#: between people and the hub's pages from then on.
-ORIGIN_WIDE = frozenset("service-worker-allowed clear-site-data strict-transport-security alt-svc nel"
-                        " report-to".split())
+#: The first three make a web server in front of the hub send a file of its own. The others hold for the whole origin,
+#: and some outlast the visit: a service worker for / would stand between people and the hub's pages from then on.
+OVERREACHING = frozenset("x-accel-redirect x-sendfile x-lighttpd-send-file service-worker-allowed clear-site-data"
+                         " strict-transport-security alt-svc nel report-to".split())
 
 LOGIN_COOKIE = "jupyterhub-hub-login"
 SERVICES_COOKIE = "jupyterhub-services"
@@ -1368,14 +1268,11 @@ class ResponseHead:
         match = re.fullmatch(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])(?: (.*))?", status_line)
         if match is None:
             raise ValueError(f"malformed status line: {status_line[:100]!r}")
-        pairs = (line.partition(":")[::2] for line in lines)
-        headers = tuple((name, value.strip(" \t")) for name, value in pairs)
+        headers = tuple((name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines))
         return cls(int(match[1]), (match[2] or "").strip(" \t"), headers)
 
     def __post_init__(self):
-        names, values = [name for name, _ in self.headers], [value for _, value in self.headers]
-        if not all(map(TOKEN.fullmatch, names)) or any(map(LINE_BREAKS.search, (self.reason, *values))):
-            raise ValueError("malformed header line")
+        encoded_head(self.reason, list(self.headers))  # raises ValueError for malformed ones
         lengths = {value for name, value in self.headers if name.lower() == "content-length"}
         if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
             raise ValueError("malformed or conflicting Content-Length")
@@ -1386,8 +1283,7 @@ class ResponseHead:
 
     def passed_on(self) -> list[tuple[str, str]]:
         """The headers that the client gets."""
-        nominated = {name.strip().lower() for name in self.get("connection").split(",")}
-        dropped = HOP_BY_HOP | SENDS_FILE | ORIGIN_WIDE | nominated
+        dropped = HOP_BY_HOP | OVERREACHING | {name.strip().lower() for name in self.get("connection").split(",")}
         if self.get("transfer-encoding"):
             dropped |= {"content-length"}  # RFC 9112, 6.3: it is overridden, and must not be passed on
         return [(name, value) for name, value in self.headers
@@ -1398,10 +1294,8 @@ class ResponseHead:
         headers = self.passed_on()
         if self.get("transfer-encoding"):
             headers.append(("Transfer-Encoding", self.get("transfer-encoding")))
-        if self.status == 101:
-            headers += [("Connection", "Upgrade"), ("Upgrade", self.get("upgrade"))]
-        else:
-            headers.append(("Connection", "close"))
+        upgrade = [("Connection", "Upgrade"), ("Upgrade", self.get("upgrade"))]
+        headers += upgrade if self.status == 101 else [("Connection", "close")]
         return encoded_head(f"HTTP/1.1 {self.status} {self.reason}", headers)
 
     def body_length(self, method: str) -> int | None:
@@ -1419,12 +1313,9 @@ def is_hub_cookie(text: str) -> bool:
 
 
 def plain_response(status: str, content_type: str, body: str | None, headers: Iterable[tuple[str, str]] = ()) -> bytes:
-    """A whole response for a connection that has been taken over; only its head if `body` is None, to follow later."""
-    content = (body or "").encode()
-    headers = [("Content-Type", f"{content_type}; charset=utf-8"), ("X-JupyterHub-Version", API_VERSION), *headers]
-    if body is not None:
-        headers.append(("Content-Length", str(len(content))))
-    return encoded_head(f"HTTP/1.1 {status}", [*headers, ("Connection", "close")]) + content
+    """A response for a connection that has been taken over, which its end ends; `body` may be None, to follow later."""
+    fixed = [("Content-Type", f"{content_type}; charset=utf-8"), ("X-JupyterHub-Version", API_VERSION)]
+    return encoded_head(f"HTTP/1.1 {status}", [*fixed, *headers, ("Connection", "close")]) + (body or "").encode()
 
 
 def encoded_head(first_line: str, headers: list[tuple[str, str]]) -> bytes:
@@ -1449,10 +1340,7 @@ def socket_for(address: tuple[str, int]) -> socket.socket:
 
 
 def probe(addresses: Iterable[tuple[str, str]], seconds: float) -> set[tuple[str, str]]:
-    """Those of the (target, prefix) pairs whose server answers HTTP, with any status below 500.
-
-    All are asked at once and share one deadline, `seconds` from now: a server that is silent or slow delays no other.
-    """
+    """The (target, prefix) pairs whose server answers with a status below 500. All share one deadline."""
     deadline = time.monotonic() + seconds
     answered = set()
     with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
@@ -1460,8 +1348,7 @@ def probe(addresses: Iterable[tuple[str, str]], seconds: float) -> set[tuple[str
             with contextlib.suppress(OSError, ValueError):
                 address = host_and_port(target)
                 connection = opened.enter_context(socket_for(address))
-                with contextlib.suppress(BlockingIOError):  # it goes on connecting
-                    connection.connect(address)
+                connection.connect_ex(address)  # it goes on connecting
                 selector.register(connection, selectors.EVENT_WRITE, (target, prefix))
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
@@ -1536,10 +1423,8 @@ class Splicer:
 
 def raise_file_limit() -> None:
     """Raise this process's limit of open files as far as it may: the usual 1,024 are some 400 connections."""
-    if resource is None:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no such limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, FILES_ENOUGH)), hard))
 
 
@@ -1579,12 +1464,10 @@ class Connection:
 
     async def copy(self, source: socket.socket, sink: socket.socket, count: int | None = None) -> None:
         """Move `count` bytes, or all until the end."""
-        while count is None or count > 0:
-            data = await self.receive(source, CHUNK if count is None else min(CHUNK, count))
-            if not data:
-                return
+        left = float("inf") if count is None else count
+        while left > 0 and (data := await self.receive(source, min(CHUNK, left))):
             await self.send(sink, data)
-            count = None if count is None else count - len(data)
+            left -= len(data)
 
     async def discard(self, source: socket.socket) -> None:
         """Read until the end. A request that follows the first on its connection is never passed on."""
@@ -1710,7 +1593,6 @@ SPOOL_LIMIT = 2 ** 30  # bytes of a chunked body, which is spooled to the disk
 #: Headers the proxy sets itself; client-supplied values are dropped.
 REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port"
                       " x-forwarded-prefix x-scheme x-real-ip forwarded".split())
-FORWARDED = {"HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_PROTO", "HTTP_X_FORWARDED_HOST"}
 
 
 def token_in(header: str | None) -> str | None:
@@ -1732,7 +1614,7 @@ class Client:
         """The client of this request. X-Forwarded-* headers count if the peer is in one of the `trusted` networks."""
         peer = environ.get("REMOTE_ADDR", "")
         scheme, host = environ["wsgi.url_scheme"], environ.get("HTTP_HOST") or environ["SERVER_NAME"]
-        networks = [_parsed_network(text) for text in trusted if FORWARDED & environ.keys()]
+        networks = [_parsed_network(text) for text in trusted]
         if not networks or not _is_within(peer, networks):
             return cls(peer, scheme, host)
         chain = [part.strip() for part in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
@@ -1796,37 +1678,28 @@ def is_websocket(environ: dict[str, Any]) -> bool:
 
 def request_head(environ: dict[str, Any], client: Client, length: int | None, protocol: str) -> bytes:
     """The head of the request as the user's server gets it. Raises BadRequest for malformed headers."""
-    nominated = {name.strip().lower() for name in environ.get("HTTP_CONNECTION", "").split(",")}
-    dropped = HOP_BY_HOP | REWRITTEN | nominated
-    headers = [("Host", client.host)]
-    for key, value in environ.items():
-        name = key[5:].replace("_", "-").lower()
-        if key.startswith("HTTP_") and name not in dropped:
-            headers.append((name.title(), value))
+    dropped = HOP_BY_HOP | REWRITTEN | {name.strip().lower() for name in environ.get("HTTP_CONNECTION", "").split(",")}
+    sent = {key[5:].replace("_", "-").title(): value for key, value in environ.items() if key.startswith("HTTP_")}
+    headers = [("Host", client.host), *((name, value) for name, value in sent.items() if name.lower() not in dropped)]
     if environ.get("CONTENT_TYPE"):
         headers.append(("Content-Type", environ["CONTENT_TYPE"]))
     if length is not None:
         headers.append(("Content-Length", str(length)))
-    peer = environ.get("REMOTE_ADDR")
-    chain = environ.get("HTTP_X_FORWARDED_FOR") if client.address != peer else None
-    headers += [("X-Forwarded-For", ", ".join(filter(None, (chain, peer)))),
-                ("X-Forwarded-Proto", client.scheme), ("X-Forwarded-Host", client.host)]
-    if is_websocket(environ):
-        headers += [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-    else:
-        headers.append(("Connection", "close"))
+    headers += [("X-Forwarded-For", client.address), ("X-Forwarded-Proto", client.scheme),
+                ("X-Forwarded-Host", client.host)]
+    upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+    headers += upgrade if is_websocket(environ) else [("Connection", "close")]
     try:
         return encoded_head(f"{environ['REQUEST_METHOD']} {request_target(environ)} {protocol}", headers)
     except ValueError as error:
         raise BadRequest(str(error)) from None
 
 
-def strip_cookies(header: str, names: Iterable[str]) -> str:
+def strip_cookies(header: str, names: set[str] | frozenset[str]) -> str:
     """A Cookie header without those cookies. WSGI hosts join two such headers with a comma."""
-    def is_kept(part):
-        return all(cookie.partition("=")[0].strip() not in names for cookie in part.split(","))
-
-    return ";".join(filter(is_kept, header.split(";"))).strip()
+    kept = [part for part in header.split(";")
+            if names.isdisjoint(cookie.partition("=")[0].strip() for cookie in part.split(","))]
+    return ";".join(kept).strip()
 
 
 def content_length(environ: dict[str, Any]) -> int | None:
@@ -1837,26 +1710,22 @@ def content_length(environ: dict[str, Any]) -> int | None:
     return length and int(length)
 
 
+@functools.lru_cache(64)  # for every request
 def local_address(host: str, port: int | str, scheme: str = "http") -> str:
     """http://host:port as seen from this machine, for a host that may be a name or every address."""
-    address = _parsed_address(host) or ipaddress.ip_address("127.0.0.1")
-    if address.is_unspecified:
-        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"{scheme}://[{address}]:{port}" if address.version == 6 else f"{scheme}://{address}:{port}"
+    address = str(_parsed_address(host) or "127.0.0.1")
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
 
 
 def listening_address(from_outside: bool = False) -> str | None:
-    """http://host:port where this machine, or others, reach the first TCP socket this process listens on, None if there
-    is none or it cannot be known."""
-    try:
-        numbers = sorted(int(name) for name in os.listdir("/dev/fd"))
-    except OSError:
-        return None
-    for number in numbers:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as candidate:
-            if candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and candidate.family != socket.AF_UNIX:
-                host, port, *_ = candidate.getsockname()
-                return local_address(own_host() if from_outside and host in ("0.0.0.0", "::") else host, port)
+    """http://host:port where this machine, or others, reach the first TCP socket this process is known to listen on."""
+    with contextlib.suppress(OSError):
+        for number in sorted(map(int, os.listdir("/dev/fd"))):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as candidate:
+                if candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and candidate.family != socket.AF_UNIX:
+                    host, port, *_ = candidate.getsockname()
+                    return local_address(own_host() if from_outside and host in ("0.0.0.0", "::") else host, port)
     return None
 
 
@@ -1870,20 +1739,16 @@ def own_host() -> str:
 
 def host_of(environ: dict[str, Any]) -> Host:
     """The WSGI server of a request, recognised by a key in the environ."""
-    for key, kind in HOSTS.items():
-        if key in environ:
-            return kind(environ)
-    return Host(environ)
+    kinds = {"gunicorn.socket": GunicornHost, "uwsgi.version": UWSGIHost, "mod_wsgi.version": ModWSGIHost}
+    return next((kind for key, kind in kinds.items() if key in environ), Host)(environ)
 
 
 class Host:
-    """A WSGI server: this class fits wsgiref, cheroot and waitress, subclasses say how others differ."""
-
-    socket_key = ""  # in the environ, of the client's socket
+    """A WSGI server: this class fits wsgiref, werkzeug, cheroot and waitress, subclasses say how others differ."""
 
     def __init__(self, environ: dict[str, Any]):
         self.environ = environ
-        self.socket = environ.get(self.socket_key)
+        self.socket = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")  # the client's
         self.scheme = environ["wsgi.url_scheme"]  # that the server itself speaks, whatever a client claims
         if self.socket is not None:
             self.scheme = "https" if isinstance(self.socket, ssl.SSLSocket) else "http"
@@ -1902,11 +1767,9 @@ class Host:
         """Raises NotPossible or Unavailable if the worker cannot carry this request in its own thread."""
         if is_websocket(self.environ):
             raise NotPossible("This web server does not let the hub carry websockets, which notebooks need. Run the hub"
-                              " with gunicorn, or with uWSGI and its --http-socket, without TLS in the worker, or set"
-                              " MINIHUB_PROXY to an external proxy")
+                              " with gunicorn, without TLS in the worker, or set MINIHUB_PROXY to an external proxy")
         if not self.environ["wsgi.multithread"] and not self.environ["wsgi.multiprocess"]:
-            raise Unavailable("This web server has a single thread, which a notebook server would need while it keeps"
-                              " it busy. Run the hub with gunicorn, or with more threads")
+            raise Unavailable("Notebooks need more than one thread. Run the hub with gunicorn, or with more threads")
 
     def socket_number(self) -> int | None:
         """The file descriptor of the client's plain TCP or unix socket, None if the server does not lend it."""
@@ -1928,7 +1791,9 @@ class Host:
 
     def take_over(self, number: int) -> Handover:
         """Take the client's socket out of the server's hands."""
-        return Handover(self.environ, number)
+        handover = Handover(self.environ, number)
+        handover.close()
+        return handover
 
     def upstream_protocol(self, number: int | None) -> str:
         """The HTTP version of the request to the user's server: the client's, if its response is passed on raw."""
@@ -1948,22 +1813,13 @@ class Host:
 class GunicornHost(Host):
     """gunicorn. On a unix socket it takes SERVER_NAME from the Host header."""
 
-    socket_key = "gunicorn.socket"
-
     def check(self) -> None:
         if "HTTP_SCRIPT_NAME" in self.environ:  # its mount point, if a reverse proxy on this machine passes it on
-            raise BadRequest("The header SCRIPT_NAME is not believed. To have the hub below a path, set"
-                             " MINIHUB_BASE_URL")
+            raise BadRequest("The header SCRIPT_NAME is not believed. Set MINIHUB_BASE_URL for a hub below a path")
 
     def end(self) -> bool:
         os.kill(os.getppid(), signal.SIGTERM)
         return True
-
-
-class WerkzeugHost(Host):
-    """werkzeug's server, which is Flask's development server."""
-
-    socket_key = "werkzeug.socket"
 
 
 class UWSGIHost(Host):
@@ -1988,7 +1844,7 @@ class UWSGIHost(Host):
         return self.uwsgi.connection_fd()
 
     def take_over(self, number: int) -> Handover:
-        return HandoverFromUWSGI(self.environ, number)
+        return HandoverFromUWSGI(self.environ, number)  # which uWSGI closes
 
     def upstream_protocol(self, number: int | None) -> str:  # 1.0 has no chunks, which nginx would not decode
         return super().upstream_protocol(number) if is_websocket(self.environ) else "HTTP/1.0"
@@ -2010,10 +1866,6 @@ class ModWSGIHost(Host):
         return local_address(host, port, self.scheme)
 
 
-HOSTS = {"gunicorn.socket": GunicornHost, "werkzeug.socket": WerkzeugHost, "uwsgi.version": UWSGIHost,
-         "mod_wsgi.version": ModWSGIHost}
-
-
 def start_after_fork_of_host(start: Callable[[], None]) -> bool:
     """Have uWSGI's workers call `start`: it forks without Python's fork hooks. False where no such fork is to come."""
     uwsgi = sys.modules.get("uwsgi")
@@ -2026,20 +1878,15 @@ def start_after_fork_of_host(start: Callable[[], None]) -> bool:
 class Handover:
     """A client's connection that has been taken over; iterated over, it is the empty response of the WSGI server.
 
-    The server goes on with one end of a socket pair in place of the client; the other end is closed. Reading ends at
-    once, so `wsgi.input` gives just the bytes it had buffered and never waits for the client. Writing fails as if the
-    client had gone, so the server closes the connection and never serves a request pipelined behind this one.
+    The server goes on with one end of a socket pair. Once the pair is closed, `wsgi.input` gives just the bytes it had
+    buffered, and writing fails as if the client had gone, so no request pipelined behind this one is served.
     """
-
-    keeps_pair = False  # until the WSGI server has responded
 
     def __init__(self, environ: dict[str, Any], number: int):
         self._input = environ["wsgi.input"]
         self.client = socket.socket(fileno=os.dup(number))
         self._near_end, self._far_end = socket.socketpair()
         os.dup2(self._near_end.fileno(), number, inheritable=False)
-        if not self.keeps_pair:
-            self.close()
 
     def buffered(self, length: int) -> bytes:
         """Those of the body's next `length` bytes that the server has already read."""
@@ -2054,15 +1901,13 @@ class Handover:
         return iter((b"",))
 
     def close(self) -> None:
-        """Called by the WSGI server after its response."""
+        """Close the pair. The WSGI server, too, calls this after its response."""
         self._near_end.close()
         self._far_end.close()
 
 
 class HandoverFromUWSGI(Handover):
     """For uWSGI, which loses what it has buffered of a body that ends early, and logs every failing write."""
-
-    keeps_pair = True
 
     def buffered(self, length: int) -> bytes:
         """Those bytes. uWSGI gets as much padding to read as it asks for: what it leaves of that, it had buffered."""
@@ -2097,41 +1942,35 @@ def spooled_body(host: Host) -> Any:
 
 def stream(environ: dict[str, Any], start_response: Callable, exchange: Exchange, timeout: float) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread. Raises Unavailable if the server does not answer in time."""
+    parts = _parts_of_response(environ["wsgi.input"], exchange, timeout)
     try:
-        with (exchange.spool or contextlib.nullcontext(environ["wsgi.input"]) as body,
-              socket.create_connection(exchange.target, CONNECT_TIMEOUT) as upstream, contextlib.ExitStack() as opened):
-            upstream.settimeout(timeout or None)
-            notice_dead_peer(upstream)
-            upstream.sendall(exchange.head)
-            left = exchange.body_left
-            while left and (data := body.read(min(CHUNK, left))):
-                upstream.sendall(data)
-                left -= len(data)
-            response = opened.enter_context(StreamedResponse(upstream, method=exchange.method))
-            head = response.read_head()
-            opened.pop_all()  # the WSGI server closes it
+        head = next(parts)
     except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning("the server at %s:%s sent no valid response: %s", *exchange.target, error)
         raise Unavailable("The server does not answer") from None
     start_response(f"{head.status} {head.reason}", head.passed_on())
-    return response
+    return parts
 
 
-class StreamedResponse(http.client.HTTPResponse):
-    """A response that a WSGI server iterates over and closes. It keeps its socket open until then."""
-
-    def read_head(self) -> ResponseHead:
-        """Its head. Raises OSError, ValueError or HTTPException."""
-        self.begin()
-        is_unreadable = "Transfer-Encoding" in self.headers and not self.chunked
-        if self.status < 200 or self.headers.defects or is_unreadable:
-            raise ValueError(f"status {self.status}, with malformed or unexpected headers")
-        return ResponseHead(self.status, self.reason, tuple(self.headers.items()))
-
-    def __next__(self):
-        if data := self.read1(CHUNK):
-            return data
-        raise StopIteration
+def _parts_of_response(rest_of_request, exchange, timeout):
+    """First the response's head, then the pieces of its body. The WSGI server may close it in between."""
+    with (exchange.spool or contextlib.nullcontext(rest_of_request) as body,
+          socket.create_connection(exchange.target, CONNECT_TIMEOUT) as upstream):
+        upstream.settimeout(timeout or None)
+        notice_dead_peer(upstream)
+        upstream.sendall(exchange.head)
+        left = exchange.body_left
+        while left and (data := body.read(min(CHUNK, left))):
+            upstream.sendall(data)
+            left -= len(data)
+        with http.client.HTTPResponse(upstream, method=exchange.method) as response:
+            response.begin()
+            is_unreadable = "Transfer-Encoding" in response.headers and not response.chunked
+            if response.status < 200 or response.headers.defects or is_unreadable:
+                raise ValueError(f"status {response.status}, with malformed or unexpected headers")
+            yield ResponseHead(response.status, response.reason, tuple(response.headers.items()))
+            while data := response.read1(CHUNK):
+                yield data
 
 
 class Proxy:
@@ -2222,19 +2061,16 @@ class ConfigurableHTTPProxy(Proxy):
     def move(self, changes: dict[str, Any]) -> None:
         """Drive another proxy: `changes` has its ip, port, protocol, api_url or auth_token. Raises BadRequest."""
         api = self.api()
-        api_url = changes.get("api_url") or api["api_url"]
-        if is_address(api_url):
-            api_url = self._changed_address(urlsplit(api_url), changes)
-        if not is_address(api_url):
-            raise BadRequest("The proxy's API must be at an address like http://127.0.0.1:8001,"
-                             f" not {shortened(api_url)}")
-        self.store.set_fact("proxy", {"api_url": api_url, "auth_token": changes.get("auth_token") or api["auth_token"]})
-
-    def _changed_address(self, parts, changes):
-        host, port = changes.get("ip") or parts.hostname, changes.get("port") or parts.port
-        host = f"[{host}]" if ":" in host else host
-        scheme = (changes.get("protocol") or parts.scheme).rstrip(":/")
-        return f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+        url = changes.get("api_url") or api["api_url"]
+        if is_address(url):
+            parts = urlsplit(url)
+            host, port = changes.get("ip") or parts.hostname, changes.get("port") or parts.port
+            host = f"[{host}]" if ":" in host else host
+            scheme = (changes.get("protocol") or parts.scheme).rstrip(":/")
+            url = f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+        if not is_address(url):
+            raise BadRequest(f"The proxy's API must be at an address like http://127.0.0.1:8001, not {shortened(url)}")
+        self.store.set_fact("proxy", {"api_url": url, "auth_token": changes.get("auth_token") or api["auth_token"]})
 
     def keep_running(self, hub_url: str) -> None:
         """Start the proxy if it is the hub's to run and does not run. `hub_url` is that of the hub's pages."""
@@ -2244,19 +2080,16 @@ class ConfigurableHTTPProxy(Proxy):
         if not is_ours or (state and poll_process(state) is None):
             return
         run = Path(self.settings.run_dir) / f"proxy@{secrets.token_hex(4)}"
-        run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         variables = {**self.settings.inherited_variables(), "CONFIGPROXY_AUTH_TOKEN": api["auth_token"]}
         self.store.set_fact("proxy_process", start_process(run, self._command(hub_url), "proxy", env=variables))
         log.info("proxy: started at %s", self.settings.chp_api_url)
 
     def _command(self, hub_url):
-        """The command line, with the options that the setting does not have itself."""
         words = shlex.split(self.settings.chp_command)
         given = {word.partition("=")[0] for word in words}
         api = urlsplit(self.settings.chp_api_url)
         options = {"--api-ip": api.hostname, "--api-port": str(api.port or 80), "--error-target": f"{hub_url}error"}
-        missing = [(option, value) for option, value in options.items() if option not in given]
-        return [*words, *itertools.chain.from_iterable(missing)]
+        return words + [word for pair in options.items() if pair[0] not in given for word in pair]
 
     def stop_running(self) -> None:
         """End the proxy, if the hub has started it."""
@@ -2272,7 +2105,7 @@ class ConfigurableHTTPProxy(Proxy):
 
     def get_all_routes(self):
         routes = {}  # others may have made some of their own
-        for path, entry in (self._request("GET", "/") or {}).items():
+        for path, entry in self._request("GET", "/").items():
             if entry.pop("jupyterhub", False):
                 prefix = quote(path.rstrip("/"), safe="/@~") + "/"
                 routes[prefix] = {"routespec": prefix, "target": entry.pop("target"), "data": entry}
@@ -2287,10 +2120,9 @@ class ConfigurableHTTPProxy(Proxy):
             with contextlib.closing(kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT)) as connection:
                 connection.request(method, path, json.dumps(body), {"Authorization": f"token {api['auth_token']}"})
                 response = connection.getresponse()
-                content = response.read()
                 if response.status >= 400 and (method, response.status) != ("DELETE", 404):
                     raise Unavailable(f"The proxy at {api['api_url']} refuses to {method} a route: {response.status}")
-                return json.loads(content) if content and method == "GET" else None
+                return json.loads(response.read()) if method == "GET" else None
         except (OSError, ValueError, http.client.HTTPException):
             raise Unavailable(f"The proxy at {api['api_url']} does not answer") from None
 
@@ -2350,11 +2182,6 @@ class Site:
         """http://host:port where the hub was reached last, or probably listens, without asking the database."""
         return self._mount.address if self._mount else listening_address() or DEFAULT_ADDRESS
 
-    @property
-    def api_address(self) -> str:
-        """http://host:port where servers and services reach the hub."""
-        return self.settings.hub_url or self.mount.address
-
     def public_link(self, path: str, origin: str = "") -> str:
         """A link to `path` below the hub's pages; `origin` is https://host where the person asking sees them."""
         return f"{self.settings.public_url or origin or self.mount.address}{self.mount.hub}{path}"
@@ -2378,7 +2205,8 @@ def tell(settings: Settings, event: str, *facts: str) -> None:
 
 
 #: A server as the API shows it; `user` is its user's id.
-ServerDetails = namedtuple("ServerDetails", "user name status state user_options started last_activity")
+ServerDetails = namedtuple("ServerDetails", "user name status state user_options started last_activity",
+                           defaults=(None, None, None, None))
 #: A user as the API shows them, with the names of their groups, and with the ServerDetails of their servers.
 UserDetails = namedtuple("UserDetails", "id name admin created last_activity auth_state groups servers")
 
@@ -2415,7 +2243,11 @@ class People:
 
     def __init__(self, settings: Settings, store: Store, authenticator: Authenticator):
         self.settings, self.store, self.authenticator = settings, store, authenticator
-        self._admin_names = {authenticator.normalize(name) for name in settings.admins}
+        self.configured_admins = {authenticator.normalize(name) for name in settings.admins}
+
+    def is_same(self, name: str, user_name: str) -> bool:
+        """Whether `name`, as somebody has typed it, is that user's."""
+        return self.authenticator.normalize(name) == user_name
 
     def normalize(self, name: str) -> str:
         """The one spelling of a user's name. Raises BadRequest for an invalid one."""
@@ -2423,10 +2255,6 @@ class People:
         if not is_valid_name(normal):
             raise BadRequest(f"Invalid username: {name}")
         return normal
-
-    def is_same(self, name: str, user_name: str) -> bool:
-        """Whether `name`, as somebody has typed it, is that user's."""
-        return self.authenticator.normalize(name) == user_name
 
     def get(self, name: str) -> User | None:
         """The user of that name, however it is spelled."""
@@ -2436,10 +2264,9 @@ class People:
 
     def find(self, name: str) -> User:
         """The user of that name. Raises NotFound."""
-        user = self.get(name)
-        if user is None:
-            raise NotFound(f"No such user: {name}")
-        return user
+        if user := self.get(name):
+            return user
+        raise NotFound(f"No such user: {name}")
 
     def create(self, name: str, admin: bool = False) -> User:
         """A new user. Raises BadRequest for an invalid name, Conflict if there is one of that name."""
@@ -2455,11 +2282,9 @@ class People:
         raise Conflict(f"User {name} already exists")
 
     def create_many(self, names: list[str], admin: bool = False) -> list[User]:
-        """Those of the users who are new, all or none. Raises BadRequest, naming every invalid name, and Conflict if
-        none is new."""
+        """Those of the users who are new, all or none. Raises BadRequest for invalid names, Conflict if none is new."""
         normal = {name: self.authenticator.normalize(name) for name in names}
-        invalid = [name for name in names if not is_valid_name(normal[name])]
-        if invalid:
+        if invalid := [name for name in names if not is_valid_name(normal[name])]:
             raise BadRequest(f"Invalid username{'s' if len(invalid) > 1 else ''}: {', '.join(invalid)}")
         wanted = list(dict.fromkeys(normal.values()))
         users = self._insert_new(wanted, admin)
@@ -2476,20 +2301,19 @@ class People:
             for part in pw.chunked(names, 50):
                 rows = self._new_rows(part, admin)
                 User.insert_many(rows).on_conflict_ignore().execute()
-                keys = {row["session_key"] for row in rows}  # of the others, who existed, they are not
-                rows = User.select().where(User.name.in_(part)).order_by(User.id)
-                users.extend(user for user in rows if user.session_key in keys)
+                is_new = User.session_key.in_([row["session_key"] for row in rows])  # those who existed have others
+                users.extend(User.select().where(User.name.in_(part) & is_new).order_by(User.id))
             for part in pw.chunked(users, 50):
                 Server.insert_many([{"user": user} for user in part]).execute()
         if users:
-            created = shortened(", ".join(user.name for user in users))
-            log.info("users created%s: %s", ", as admins" if admin else "", created)
+            created = ", ".join(user.name for user in users)
+            log.info("users created%s: %s", ", as admins" if admin else "", shortened(created))
         return users
 
     def _new_rows(self, names, admin):
         folders = {name: folder_name(name) for name in names}
         taken = {user.folder for user in User.select(User.folder).where(User.folder.in_(list(folders.values())))}
-        return [{"name": name, "admin": admin or self.is_configured_admin(name), "session_key": new_token(),
+        return [{"name": name, "admin": admin or name in self.configured_admins, "session_key": new_token(),
                  "folder": f"{folder}-{secrets.token_hex(4)}" if folder in taken else folder}  # by a user renamed since
                 for name, folder in folders.items()]
 
@@ -2499,16 +2323,12 @@ class People:
             return self.get(name) or self.create(name)
         return self.find(name)
 
-    def is_configured_admin(self, user_name: str) -> bool:
-        """Whether the setting `admins` names the user."""
-        return user_name in self._admin_names
-
     def admit_configured_admins(self) -> None:
         """Make the admins of the settings admins, as new users where they are unknown. Raises SettingError."""
-        for name in self._admin_names:
+        for name in self.configured_admins:
             demand(is_valid_name(name), "admins", "must hold names that users can have", name)
             self.find_or_create(name)
-        User.update(admin=True).where(User.name.in_(self._admin_names)).execute()
+        User.update(admin=True).where(User.name.in_(self.configured_admins)).execute()
 
     def change(self, user: User, changes: dict[str, Any]) -> None:
         """Write new values of `name`, `admin` or `auth_state`. Raises BadRequest."""
@@ -2543,11 +2363,9 @@ class People:
 
     def list(self, state: str | None = None, name_filter: str = "", sort: str = "id", offset: int = 0,
              limit: int | None = None) -> tuple[list[UserDetails], int]:
-        """Users from `offset` on, still without groups and servers (see `details_of`), and how many there are in all.
-
-        `state` is active, ready or inactive: those with an active, a ready or no active server. `name_filter` is a part
-        of the name. `sort` is id, name or last_activity, descending with a leading -. Raises BadRequest.
-        """
+        """Users from `offset` on, still without groups and servers (see `details_of`), and how many there are in all:
+        by `state` those with an active, a ready or, if inactive, no active server; `name_filter` is a part of the name;
+        `sort` is id, name or last_activity, descending with a leading -. Raises BadRequest."""
         statuses = {None: (), "active": ACTIVE, "inactive": ACTIVE, "ready": ("ready",)}.get(state)
         column = {"id": User.id, "name": User.name, "last_activity": User.last_activity}.get(sort.removeprefix("-"))
         if statuses is None:
@@ -2581,29 +2399,31 @@ class People:
             groups.setdefault(row.user, []).append(row.group)
         for row in SERVERS_OF_RANGE.run(self.store.database, "" if stopped else "stopped", *span):
             servers.setdefault(row.user, []).append(ServerDetails(*row))
-        return [UserDetails(user.id, user.name, user.admin, user.created, user.last_activity, user.auth_state,
-                            groups.get(user.id, []), servers.get(user.id, [])) for user in users]
+        return [UserDetails(*(getattr(user, column) for column in _USER_COLUMNS), groups.get(user.id, []),
+                            servers.get(user.id, [])) for user in users]
 
     def note_visit(self, user: User) -> None:
         """Record that a user was here in person."""
         with best_effort():
             self.note_activity(User, user.id, user.last_activity)
 
-    def note_activity(self, model: type[Row], row_id: int, before: datetime | None, at: datetime | None = None) -> None:
+    def note_activity(self, model: type[Row], row_id: int, before: datetime | None,
+                      at: datetime | None = None) -> datetime:
         """Record that a token, user or server was used at `at` (default: now), unless the last record is later, or
-        `before`, what the caller knows of it, is too recent for the setting `activity_resolution`."""
+        `before`, what the caller knows of it, is too recent for `activity_resolution`. Returns what is known now."""
         at = at or now()
-        if before is None or before < at - timedelta(seconds=self.settings.activity_resolution):
-            stored = model.last_activity.db_value(at)
-            ACTIVITY_UPDATES[model].execute(self.store.database, stored, row_id, stored)
+        if before and before >= at - timedelta(seconds=self.settings.activity_resolution):
+            return before
+        stored = model.last_activity.db_value(at)
+        ACTIVITY_UPDATES[model].execute(self.store.database, stored, row_id, stored)
+        return at
 
     def record_activity(self, user: User | UserDetails, at: datetime | None, servers: dict[str, datetime]) -> None:
         """Record when the user (at `at`) and their servers were last used. A stale report changes nothing. Raises
         BadRequest for a server that does not exist."""
         known = {row.name: row for row in SERVER_ACTIVITY.run(self.store.database, user.id)} if servers else {}
-        for name in servers:
-            if name not in known:
-                raise BadRequest(f"No such server '{name}' for user {user.name}")
+        if unknown := [name for name in servers if name not in known]:
+            raise BadRequest(f"No such server '{unknown[0]}' for user {user.name}")
         if at:
             self.note_activity(User, user.id, user.last_activity, at)
         for name, moment in servers.items():
@@ -2624,16 +2444,14 @@ class Groups:
 
     def find(self, name: str) -> Group:
         """The group of that name. Raises NotFound."""
-        group = Group.get_or_none(Group.name == name) if is_valid_name(name) else None
-        if group is None:
-            raise NotFound(f"No such group: {name}")
-        return group
+        if is_valid_name(name) and (group := Group.get_or_none(Group.name == name)):
+            return group
+        raise NotFound(f"No such group: {name}")
 
     def create(self, names: list[str], members: list[str]) -> list[Group]:
         """New groups with the same members, all or none. Raises BadRequest, and Conflict if there is one already."""
-        for name in names:
-            if not is_valid_name(name):
-                raise BadRequest(f"Invalid group name: {name}")
+        if invalid := [name for name in names if not is_valid_name(name)]:
+            raise BadRequest(f"Invalid group name: {invalid[0]}")
         try:
             with self.store.transaction():
                 groups = [Group.create(name=name) for name in names]
@@ -2699,15 +2517,13 @@ class Groups:
 ########################################################################################################
 
 
-@dataclass(frozen=True)
+@dataclass
 class Identity:
     """Who makes a request, and with what. A token with a `client` (OAuth) serves only to identify its owner."""
-
     kind: str                          # "user" or "service"
     name: str
     admin: bool
-    user_id: int | None
-    last_activity: datetime | None
+    user: User | UserDetails | None    # with a token: the details with no more than the default server
     token_id: int | None = None
     token_last_activity: datetime | None = None
     client: str | None = None          # the OAuth client's id
@@ -2719,20 +2535,29 @@ class Identity:
     @classmethod
     def of_user(cls, user: User, session_id: str = "") -> Identity:
         """The user as somebody who asks without a token."""
-        return cls("user", user.name, user.admin, user.id, user.last_activity, session_id=session_id)
+        return cls("user", user.name, user.admin, user, session_id=session_id)
+
+    @property
+    def user_id(self) -> int | None:
+        return self.user and self.user.id
 
 
-_ClientOwner, _Owner = User.alias(), Service.alias()
+_ClientOwner, _Owner, _Default = User.alias(), Service.alias(), Server.alias()
+#: A token with its owner's default server, in a row for each of the owner's groups.
 TOKEN_BY_HASH = CompiledQuery(
-    Token.select()
-    .join(User, pw.JOIN.LEFT_OUTER).join(_Owner, pw.JOIN.LEFT_OUTER, on=(_Owner.id == Token.service))
+    Token.select().join(User, pw.JOIN.LEFT_OUTER)
+    .join(_Default, pw.JOIN.LEFT_OUTER, on=(_Default.user == User.id) & (_Default.name == ""))
+    .join(Membership, pw.JOIN.LEFT_OUTER, on=(Membership.user == User.id)).join(Group, pw.JOIN.LEFT_OUTER)
+    .join(_Owner, pw.JOIN.LEFT_OUTER, on=(_Owner.id == Token.service))
     .join(OAuthClient, pw.JOIN.LEFT_OUTER, on=(OAuthClient.id == Token.client))
     .join(Server, pw.JOIN.LEFT_OUTER, on=(Server.id == OAuthClient.server))
     .join(_ClientOwner, pw.JOIN.LEFT_OUTER, on=(_ClientOwner.id == Server.user))
-    .join(Service, pw.JOIN.LEFT_OUTER, on=(Service.id == OAuthClient.service)).where(Token.hashed == ""),
+    .join(Service, pw.JOIN.LEFT_OUTER, on=(Service.id == OAuthClient.service))
+    .where(Token.hashed == "").order_by(Group.name),
     token_id=Token.id, expires_at=Token.expires_at, token_last_activity=Token.last_activity, server_id=Token.server,
-    session_id=Token.session_id, user_id=User.id, user=User.name, admin=User.admin, last_activity=User.last_activity,
-    service=_Owner.name, service_admin=_Owner.admin, client=OAuthClient.identifier, client_owner=_ClientOwner.name,
+    session_id=Token.session_id, user_id=User.id, user=User.name, admin=User.admin, created=User.created,
+    last_activity=User.last_activity, status=_Default.status, group=Group.name, service=_Owner.name,
+    service_admin=_Owner.admin, client=OAuthClient.identifier, client_owner=_ClientOwner.name,
     client_server=Server.name, client_service=Service.name)
 
 
@@ -2740,10 +2565,7 @@ class Tokens:
     """API tokens and the OAuth2 provider: who a token is, what it may do, and how programs get one."""
 
     def __init__(self, settings: Settings, store: Store, site: Site, people: People):
-        self.settings = settings
-        self.store = store
-        self.site = site
-        self.people = people
+        self.settings, self.store, self.site, self.people = settings, store, site, people
 
     def create(self, user: User, note: str = "", expires_in: float | None = None, **columns: Any) -> tuple[str, Token]:
         """A new token of the user's and its row; the token itself is not kept. `expires_in` is in seconds."""
@@ -2755,13 +2577,18 @@ class Tokens:
 
     def identify(self, token: str) -> Identity | None:
         """The owner of a token, unless it has expired."""
-        row = next(iter(TOKEN_BY_HASH.run(self.store.database, hash_token(token))), None)
-        if row is None or (row.expires_at and row.expires_at <= now()):
+        rows = TOKEN_BY_HASH.run(self.store.database, "", hash_token(token))
+        if not rows or (rows[0].expires_at and rows[0].expires_at <= now()):
             return None
-        owner = ("user", row.user, row.admin) if row.service is None else ("service", row.service, row.service_admin)
+        row = rows[0]
+        owner = ("service", row.service, row.service_admin, None)
+        if row.service is None:
+            user = UserDetails(row.user_id, row.user, row.admin, row.created, row.last_activity, None,
+                               [row.group for row in rows if row.group], [ServerDetails(row.user_id, "", row.status)])
+            owner = ("user", row.user, row.admin, user)
         client_server = row.client_owner and f"{row.client_owner}/{row.client_server}"
-        return Identity(*owner, row.user_id, row.last_activity, row.token_id, row.token_last_activity, row.client,
-                        client_server, row.client_service, row.server_id, row.session_id)
+        return Identity(*owner, row.token_id, row.token_last_activity, row.client, client_server, row.client_service,
+                        row.server_id, row.session_id)
 
     def exchange(self, token: str, data: dict[str, Any]) -> str:
         """A token that proves the same identity, but only to one launch of the server that a route's `data` names;
@@ -2822,12 +2649,13 @@ class Tokens:
         log.info("a token of user %s revoked", token.user.name)
 
     def note_use(self, identity: Identity) -> None:
-        """Record that a token was used by its owner; the requests of a server that runs with it do not count."""
+        """Record in the identity, too, that a token was used; requests of a server that runs with it do not count."""
         if identity.server_id is None:
             with best_effort():  # both in one: each failure can take 15 seconds, and gunicorn kills after 30
                 self.people.note_activity(Token, identity.token_id, identity.token_last_activity)
-                if identity.kind == "user":
-                    self.people.note_activity(User, identity.user_id, identity.last_activity)
+                if user := identity.user:
+                    last_activity = self.people.note_activity(User, user.id, user.last_activity)
+                    identity.user = user._replace(last_activity=last_activity)
 
     def launch(self, server: Server) -> tuple[str, OAuthClient]:
         """New credentials for a launch of a server, in place of the last one's: its token, and its OAuth client."""
@@ -2922,9 +2750,7 @@ class Passage:
     """
 
     def __init__(self, settings: Settings, tokens: Tokens, has_form: bool):
-        self.settings = settings
-        self.tokens = tokens
-        self.has_form = has_form
+        self.settings, self.tokens, self.has_form = settings, tokens, has_form
         words = [re.escape(spec.api_token) for spec in settings.services if spec.api_token] + ["[0-9a-f]{32}"]
         self._token = re.compile(f"(?<![0-9A-Za-z])(?:{'|'.join(words)})(?![0-9A-Za-z])")
 
@@ -2974,15 +2800,10 @@ class SignIn:
 
     def __init__(self, settings: Settings, store: Store, site: Site, people: People, groups: Groups, tokens: Tokens,
                  authenticator: Authenticator):
-        self.settings = settings
-        self.store = store
-        self.site = site
-        self.people = people
-        self.groups = groups
-        self.tokens = tokens
-        self.authenticator = authenticator
+        self.settings, self.store, self.site = settings, store, site
+        self.people, self.groups, self.tokens, self.authenticator = people, groups, tokens, authenticator
         self.has_form = authenticator.has_form      # whether people sign in on the hub's page, or at the site around it
-        self.logout_url = authenticator.logout_url  # where they go when they have signed out; "": to the sign-in page
+        self.logout_url = authenticator.logout_url or settings.logout_url  # after signing out; "": to the sign-in page
 
     def sign_in(self, credentials: dict[str, Any], environ: dict[str, Any], address: str,
                 known_only: bool = False) -> User | None:
@@ -3026,7 +2847,7 @@ class SignIn:
         if not name:
             return None
         user = self.people.find_or_create(name)
-        admin = bool(facts.get("admin", user.admin)) or self.people.is_configured_admin(user.name)
+        admin = bool(facts.get("admin", user.admin)) or user.name in self.people.configured_admins
         if admin != user.admin:
             self.people.change(user, {"admin": admin})
         if "groups" in facts:
@@ -3052,13 +2873,13 @@ class SignIn:
         text = f"xsrf:{session_id}:{user.session_key if user else ''}"
         return hmac.new(self.store.secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
+    def _signer(self, salt):
+        return itsdangerous.URLSafeTimedSerializer(self.store.secret, salt=salt)
+
     def sign_out(self, user: User, session_id: str) -> None:
         """End what the browser session has been given."""
         self.tokens.revoke_sign_ins(user, session_id)
         log.info("user %s signed out", user.name)
-
-    def _signer(self, salt):
-        return itsdangerous.URLSafeTimedSerializer(self.store.secret, salt=salt)
 
     def set_password(self, user: User, password: str) -> None:
         """Set a password, which ends links and sign-ins, to servers too. Raises BadRequest for a weak one."""
@@ -3140,7 +2961,6 @@ INTERRUPTED_AFTER = 10  # seconds after which a start without a process was its 
 MAX_ATTEMPTS = 3        # starts whose port somebody else has taken, or which were interrupted
 PROBE_SECONDS = 0.8     # the deadline of a round in which the ticker probes all servers that are starting
 GLANCE_SECONDS = 0.03   # the deadline of a request that probes the one server it is about
-CANNOT_START = {"stopping": "pending stop", "ready": "already running"}  # the states, as errors call them
 UNKNOWN = object()      # the answer of a spawner that raises an exception
 
 ROUTE_BY_PREFIX = CompiledQuery(
@@ -3168,17 +2988,13 @@ class Routes:
 
     def add(self, server: Server) -> None:
         """Route requests to the server. If the proxy does not answer, the ticker repeats it later."""
-        try:
+        with contextlib.suppress(Unavailable):  # which the ticker logs
             self.proxy.add_route(server.prefix, server.target, {"user": server.user.name, "server_name": server.name})
-        except Unavailable as error:
-            log.error("server %s has no route yet: %s", server.label, error)
 
     def remove(self, server: Server) -> None:
         """Delete the server's route. If the proxy does not answer, the ticker repeats it later."""
-        try:
+        with contextlib.suppress(Unavailable):
             self.proxy.delete_route(server.prefix)
-        except Unavailable as error:
-            log.error("server %s still has a route: %s", server.label, error)
 
     def wanted(self) -> dict[str, dict[str, Any]]:
         """The routes that there should be."""
@@ -3203,7 +3019,7 @@ class Routes:
     def supervise(self) -> None:
         """Keep an external proxy running if it is ours, and the routes up to date. Logs once when it goes down."""
         if isinstance(self.proxy, ConfigurableHTTPProxy):
-            self.proxy.keep_running(f"{self.site.api_address}{self.site.mount.hub}")
+            self.proxy.keep_running(f"{self.site.mount.address}{self.site.mount.hub}")
         try:
             self.check()
             self._is_down = False
@@ -3254,8 +3070,7 @@ class LifeCycle:
         if not Server.update(**changes).where(same).execute():
             self.reload(server)
             return False
-        for key, value in changes.items():
-            setattr(server, key, value)
+        server.__data__.update(changes)
         return True
 
     def reload(self, server: Server) -> None:
@@ -3313,8 +3128,6 @@ class LifeCycle:
             self._note_end(server, status)
         elif server.status == "spawning" and answers:
             self._become_ready(server)
-        elif server.status == "spawning" and seconds_since(server.changed) > self.settings.start_timeout:
-            self._give_up(server)
         elif server.status == "stopping":
             state = _ask(server.label, self.spawner.stop, server.state, otherwise=server.state)
             if state != server.state:
@@ -3357,7 +3170,8 @@ class LifeCycle:
             url = self.site.servers_origin(server.user.name) + server.prefix
             tell(self.settings, "on_server_started", server.user.name, server.name, url)
 
-    def _give_up(self, server):
+    def give_up(self, server: Server) -> None:
+        """End a start that has taken too long."""
         if self.move(server, "spawning"):  # else `server` was a stale copy of the row: its process may be doing well
             tail = self._log_tail(server)
             _ask(server.label, self.spawner.stop, server.state, now=True)
@@ -3420,27 +3234,26 @@ def launch_of(server: Server, port: int = 0, variables: dict[str, str] | None = 
 def server_variables(site: Site, server: Server, token: str, client: OAuthClient) -> dict[str, str]:
     """The environment variables that jupyterhub-singleuser reads, 1.x to 6.x (JupyterHub's Spawner.get_env)."""
     settings, user, origin = site.settings, server.user, site.servers_origin(server.user.name)
-    base = server.prefix.removesuffix(Mount("", "").server_prefix(user.name, server.name))
     access = json.dumps([f"access:servers!server={user.name}/{server.name}", f"access:servers!user={user.name}"])
     return {
-        **hub_variables(site, base, token, client.identifier, access),
+        **hub_variables(site, token, client.identifier, access),
         **({"JUPYTERHUB_ADMIN_ACCESS": "1"} if settings.admin_access else {}),
         "JUPYTERHUB_HOST": origin and settings.public_url, "JUPYTERHUB_OAUTH_CALLBACK_URL": client.redirect_uri,
         "JUPYTERHUB_USER": user.name, "JUPYTERHUB_SERVER_NAME": server.name,
-        "JUPYTERHUB_ACTIVITY_URL": f"{site.api_address}{base}hub/api/users/{quote_name(user.name)}/activity",
+        "JUPYTERHUB_ACTIVITY_URL": f"{site.mount.address}{site.mount.hub}api/users/{quote_name(user.name)}/activity",
         "JUPYTERHUB_SERVICE_PREFIX": server.prefix,
         "JUPYTERHUB_PUBLIC_URL": settings.public_url and (origin or settings.public_url) + server.prefix}
 
 
-def hub_variables(site: Site, base: str, token: str, client_id: str, access: str) -> dict[str, str]:
+def hub_variables(site: Site, token: str, client_id: str, access: str) -> dict[str, str]:
     """The variables that servers and services have in common: where the hub is, and their credentials."""
-    public_url = site.settings.public_url
+    mount, public_url = site.mount, site.settings.public_url
     return {
         "JUPYTERHUB_API_TOKEN": token, "JPY_API_TOKEN": token, "JUPYTERHUB_CLIENT_ID": client_id,
-        "JUPYTERHUB_API_URL": f"{site.api_address}{base}hub/api", "JUPYTERHUB_BASE_URL": base,
+        "JUPYTERHUB_API_URL": f"{mount.address}{mount.hub}api", "JUPYTERHUB_BASE_URL": mount.base,
         "JUPYTERHUB_OAUTH_ACCESS_SCOPES": access, "JUPYTERHUB_OAUTH_SCOPES": access,
         "JUPYTERHUB_OAUTH_CLIENT_ALLOWED_SCOPES": "[]", "JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "0",
-        "JUPYTERHUB_PUBLIC_HUB_URL": public_url and f"{public_url}{base}hub/"}
+        "JUPYTERHUB_PUBLIC_HUB_URL": public_url and f"{public_url}{mount.hub}"}
 
 
 class Servers:
@@ -3450,6 +3263,7 @@ class Servers:
         self.settings, self.store, self.site = settings, store, site
         self.people, self.tokens = people, tokens
         self.life_cycle, self.spawner = life, life.spawner
+        self._watched: dict[str, float] = {}  # since when this process has looked at the starts that are under way
 
     def get(self, user: User, name: str) -> Server | None:
         """The user's server of that name; the default one, named "", has existed as long as the user."""
@@ -3464,58 +3278,52 @@ class Servers:
 
     def get_or_plan(self, user: User, name: str) -> Server:
         """The user's server of that name, or what it would be: its row is made by its start. Raises BadRequest."""
+        if name and not self.settings.named_servers:
+            raise BadRequest("Named servers are not enabled.")
         return self.get(user, check_server_name(name)) or Server(user=user, name=name)
 
     def find_or_create(self, user: User, name: str) -> Server:
         """The user's server of that name, made on its first use. Raises BadRequest over the limit of named servers."""
         with self.store.transaction():
             self.people.hold(user)  # others who make one of this user's servers wait
-            server = self.get(user, check_server_name(name))
-            limit = self.settings.named_server_limit
-            if server is None and limit and len(self.of(user)) > limit:  # one of them is the default one
+            server, limit = self.get_or_plan(user, name), self.settings.named_server_limit
+            if not server.id and limit and len(self.of(user)) > limit:  # one of them is the default one
                 raise BadRequest(f"User {user.name} already has the maximum of {limit} named servers.  One must be"
                                  " deleted before a new server can be created")
-            return server or Server.create(user=user, name=name)
-
-    def check_named(self) -> None:
-        """Raises BadRequest if the hub is set to give each user one server only."""
-        if not self.settings.named_servers:
-            raise BadRequest("Named servers are not enabled.")
+            return server if server.id else Server.create(user=user, name=name)
 
     def of(self, user: User) -> list[Server]:
         """The user's servers, the default one first."""
         return _servers(Server.user == user)
 
-    def running(self) -> dict[int, list[Server]]:
-        """All servers that are not stopped, by the id of their user."""
-        running = {}
-        for server in _servers(Server.status.in_(ACTIVE)):
-            running.setdefault(server.user_id, []).append(server)
-        return running
+    def running(self) -> list[Server]:
+        """All servers that are not stopped."""
+        return _servers(Server.status.in_(ACTIVE))
 
-    def start(self, server: Server, options: Any = None, keep_options: bool = True) -> None:
-        """Start a server, without waiting; one that is starting goes on. `keep_options` takes those of the last start.
+    def start(self, server: Server, options: Any = None) -> None:
+        """Start a server, without waiting; one that is starting goes on. Without `options` it gets its last start's.
 
         Raises BadRequest if it runs or is stopping, NotFound if it has been deleted, TooMany at a limit."""
         self.observe(server)
         while server.status != "spawning":
             if server.is_deleted:
                 raise NotFound(f"{server.label} has been deleted")
-            if server.status in CANNOT_START:
-                raise BadRequest(f"{server.label} is {CANNOT_START[server.status]}")
-            if self._begin_start(server, {} if keep_options else {"user_options": options}):
+            if server.status != "stopped":
+                problem = "pending stop" if server.status == "stopping" else "already running"
+                raise BadRequest(f"{server.label} is {problem}")
+            if self._begin_start(server, server.user_options if options is None else options):
                 log.info("server %s: starting", server.label)
                 self.life_cycle.launch(server)
                 return
 
-    def _begin_start(self, server, changes):
+    def _begin_start(self, server, options):
         moment, prefix = now(), self.site.mount.server_prefix(server.user.name, server.name)
         with self.store.transaction():
             self._check_limits()
             self.people.hold(server.user)
             User.update(last_activity=moment).where(User.id == server.user_id).execute()
             return self.life_cycle.move(server, "spawning", launch=new_token(), attempts=1, failure="", forget=False,
-                                        prefix=prefix, started=moment, last_activity=moment, **changes)
+                                        prefix=prefix, started=moment, last_activity=moment, user_options=options)
 
     def _check_limits(self):
         self.store.lock("starts")
@@ -3531,8 +3339,15 @@ class Servers:
         return server
 
     def observe_pending(self) -> None:
-        """Look at all servers that are on their way from one state to another, at all at once."""
-        self._look_at(_servers(Server.status.in_(list(PENDING))), PROBE_SECONDS)
+        """Look at all servers that are on their way from one state to another, at all at once. Gives up starts that
+        this worker has watched for too long, by a clock that nobody sets and that stands still while a laptop sleeps."""
+        servers, moment = _servers(Server.status.in_(list(PENDING))), time.monotonic()
+        self._watched = {server.launch: self._watched.get(server.launch, moment) for server in servers}
+        self._look_at(servers, PROBE_SECONDS)
+        for server in servers:
+            watched = moment - self._watched.get(server.launch, moment)
+            if server.status == "spawning" and watched > self.settings.start_timeout:
+                self.life_cycle.give_up(server)
 
     def _look_at(self, servers, seconds):
         answering = probe([(server.target, server.prefix) for server in servers
@@ -3559,13 +3374,7 @@ class Servers:
             moment = now()
             User.update(last_activity=moment).where(User.id == server.user_id).execute()
             self.life_cycle.begin_stop(server, last_activity=moment)
-        if forget:
-            self.life_cycle.delete_forgotten(server)
-
-    def stop_all(self) -> None:
-        """Stop all servers, without waiting."""
-        for server in _servers(Server.status.in_(ACTIVE)):
-            self.stop(server)
+        self.life_cycle.delete_forgotten(server)
 
     def delete_user(self, user: User) -> None:
         """Delete a user: hidden at once, and gone when the last server has stopped. The home is set aside."""
@@ -3582,9 +3391,11 @@ class Servers:
             for server in servers:
                 self.stop(server)
             is_over = all(server.status == "stopped" for server in servers)
-            # The row stays until the spawner has set the home aside, so that no namesake gets it.
-            if is_over and _ask(user.label, self.spawner.forget_user, user, otherwise=UNKNOWN) is not UNKNOWN:
-                user.delete_instance()
+            # The row is held until the home has been set aside: no namesake gets that, and none loses a new one.
+            with contextlib.suppress(NotFound), self.store.transaction():
+                self.people.hold(user)
+                if is_over and _ask(user.label, self.spawner.forget_user, user, otherwise=UNKNOWN) is not UNKNOWN:
+                    user.delete_instance()
 
     def progress(self, server: Server) -> dict[str, Any] | None:
         """The event with which the progress of a start ends, None while it goes on. Raises BadRequest if none is."""
@@ -3615,17 +3426,14 @@ def stop_time(settings: Settings, started: datetime | None, last_activity: datet
 ########################################################################################################
 
 LONGEST_BACKOFF = 60  # seconds between two starts of a service that dies at once; one that has run for as long does not
-LEASE = 5             # seconds after which another worker ticks if this one has stopped to
 
 
 class Services:
     """The programs of the setting `services`: their registration, and the processes of those with a command."""
 
     def __init__(self, settings: Settings, store: Store, site: Site, tokens: Tokens):
-        self.settings = settings
-        self.store = store
-        self.site = site
-        self.tokens = tokens
+        self.settings, self.store = settings, store
+        self.site, self.tokens = site, tokens
 
     def register(self) -> None:
         """Make the services of the settings the hub's; others are stopped and deleted."""
@@ -3653,21 +3461,18 @@ class Services:
 
     def supervise(self) -> None:
         """Start the services with a command that do not run, with exponential backoff if they die at once."""
-        for spec in self.settings.services:
-            service = Service.get_or_none(Service.name == spec.name) if spec.command else None
-            if service is None:
-                continue
+        specs = {spec.name: spec for spec in self.settings.services if spec.command}
+        for service in list(Service.select().where(Service.name.in_(list(specs)))):
             heartbeat(self.settings)
-            if not (service.state and is_process_running(service.state)):
-                self._start(service, spec)
-            elif service.restarts and seconds_since(service.next_start) > LONGEST_BACKOFF:
-                Service.update(restarts=0).where(Service.id == service.id).execute()
+            if not (service.state and poll_process(service.state) is None):
+                self._start(service, specs[service.name])
 
     def _start(self, service, spec):
         """Start the service, unless it is too early or another worker does."""
-        next_start = now() + timedelta(seconds=min(LONGEST_BACKOFF, 2 ** service.restarts))
+        restarts = 0 if seconds_since(service.next_start) > LONGEST_BACKOFF else service.restarts
+        next_start = now() + timedelta(seconds=min(LONGEST_BACKOFF, 2 ** restarts))
         same = (Service.id == service.id) & (Service.next_start == service.next_start) & (Service.next_start < now())
-        if not Service.update(next_start=next_start, restarts=service.restarts + 1).where(same).execute():
+        if not Service.update(next_start=next_start, restarts=restarts + 1).where(same).execute():
             return
         token = spec.api_token or new_token()
         with self.store.transaction():
@@ -3684,11 +3489,11 @@ class Services:
 
     def _variables(self, spec, token):
         """The environment variables that HubAuth and HubOAuth of the package jupyterhub read."""
-        base, prefix = self.site.mount.base, f"{self.site.mount.base}services/{spec.name}/"
+        prefix = f"{self.site.mount.base}services/{spec.name}/"
         access = json.dumps([f"access:services!service={spec.name}"])
         pages = {"JUPYTERHUB_SERVICE_URL": spec.url, "JUPYTERHUB_SERVICE_PREFIX": prefix} if spec.url else {}
         return {
-            **self.settings.inherited_variables(), **hub_variables(self.site, base, token, spec.client_id, access),
+            **self.settings.inherited_variables(), **hub_variables(self.site, token, spec.client_id, access),
             "JUPYTERHUB_SERVICE_NAME": spec.name, **pages, "JUPYTERHUB_SERVER_NAME": "",
             "JUPYTERHUB_HOST": "", "JUPYTERHUB_USER": spec.user,
             "JUPYTERHUB_OAUTH_CALLBACK_URL": spec.oauth_redirect_uri or f"{prefix}oauth_callback",
@@ -3701,27 +3506,19 @@ class Services:
             self._stop(service)
 
     def _stop(self, service):
-        if service.state and is_process_running(service.state):
+        if service.state and poll_process(service.state) is None:
             stop_process(service.state, ((0, signal.SIGTERM),))
             log.info("service %s: stopped", service.name)
 
 
-@dataclass
-class Job:
-    """Something the ticker does every `interval` seconds (0: in every round); `due` is a monotonic time."""
-
-    interval: float
-    run: Callable[[], Any]
-    due: float = 0.0
-
-
 class Ticker:
-    """The thread that does what goes on by itself, in the one worker at a time that holds the lease."""
+    """The thread that does what goes on by itself, in the one worker at a time that holds the lease.
+
+    A job is a pair of the seconds between two runs (0: it runs in every round) and a function."""
 
     def __init__(self, store: Store, interval: float, jobs: Iterable[tuple[float, Callable[[], Any]]]):
-        self.store = store
-        self.interval = interval
-        self.jobs = [Job(*job) for job in jobs]
+        self.store, self.interval = store, interval
+        self.due = {job: 0.0 for job in jobs}  # the monotonic time of each job's next run
         self._holder = secrets.token_hex(8)
         self._lock = threading.RLock()  # held during a round, in which a job may fork
         self._owner = 0                 # the process in which the thread runs
@@ -3730,14 +3527,15 @@ class Ticker:
     def tick(self) -> bool:
         """Run the jobs that are due. False if another worker holds the lease. Expects the store to be connected."""
         is_free = (Lease.holder == self._process) | (Lease.expires < now())
-        lease = Lease.insert(job="ticker", holder=self._process, expires=now() + timedelta(seconds=LEASE)).on_conflict(
+        expires = now() + timedelta(seconds=5)  # then another worker ticks, if this one has stopped to
+        lease = Lease.insert(job="ticker", holder=self._process, expires=expires).on_conflict(
             conflict_target=[Lease.job], preserve=[Lease.holder, Lease.expires], where=is_free)
         if not lease.as_rowcount().execute():
             return False
-        for job in self.jobs:
-            if time.monotonic() >= job.due:
-                job.due = time.monotonic() + job.interval
-                job.run()
+        for interval, run in self.due:
+            if time.monotonic() >= self.due[interval, run]:
+                self.due[interval, run] = time.monotonic() + interval
+                run()
         return True
 
     @property
@@ -3861,7 +3659,7 @@ class Visitors:
 
     def _is_from_hub_page(self, req):
         if req.method not in ("GET", "HEAD", "OPTIONS"):
-            return self._is_xsrf_token(req, req.get_header("X-XSRFToken") or "")
+            return self.is_own_form(req, {})
         _, _, referer = (req.get_header("Referer") or "").partition("://")  # as JupyterHub asks for it
         return referer.startswith(req.visit.client.host + req.visit.page())
 
@@ -3870,10 +3668,8 @@ class Visitors:
         return self.sign_in.xsrf_token(req.visit.session_id, self.user_of(req))
 
     def is_own_form(self, req: HubRequest, form: dict[str, str]) -> bool:
-        """Whether a form was filled in on a page of the hub's that this browser session was shown."""
-        return self._is_xsrf_token(req, form.get("_xsrf", ""))
-
-    def _is_xsrf_token(self, req, token):
+        """Whether a form, or a script by its header, comes from a page that this browser session was shown."""
+        token = req.get_header("X-XSRFToken") or form.get("_xsrf", "")
         return bool(req.visit.session_id) and hmac.compare_digest(token.encode(), self.xsrf_token(req).encode())
 
     def ensure_session(self, req: HubRequest, resp: falcon.Response) -> None:
@@ -3949,9 +3745,9 @@ def needs_self_or_admin(req, resp, resource, params):
 
 
 def needs_api_token(req, resp, resource, params):
-    """For services and servers that ask about others, with an API token."""
+    """For services and servers that ask about others, with an API token and not a cookie."""
     needs_full(req, resp, resource, params)
-    require(req.visit.identity.token_id)  # and not a cookie: services and servers ask about others
+    require(req.visit.identity.token_id)
 
 
 def needs_login(req, resp, resource, params):
@@ -4020,11 +3816,8 @@ def is_api(req: falcon.Request) -> bool:
 ########################################################################################################
 
 OPTIONS_LIMIT = 64 * 1024  # characters of a start's options, which every list of users shows
-NOTE_LIMIT = 1000          # characters of a token's note
 DEPTH_LIMIT = 100          # levels of nesting in JSON: Python parses some 900, but may then fail to serialise them
-NEVER = 100 * 365 * 24 * 3600  # seconds; a longer lifetime would overflow a date
 PAGE_TYPE = "application/jupyterhub-pagination+json"
-PAGE_LENGTH, LONGEST_PAGE = 50, 200  # JupyterHub's, for clients that accept pagination; others get the whole list
 CHANGEABLE_USER_KEYS = {"name": str, "admin": bool, "auth_state": dict}
 USER_KEYS = {"groups": list, **CHANGEABLE_USER_KEYS}
 GROUP_KEYS = {"name": str, "users": list}
@@ -4033,28 +3826,24 @@ PROGRESS_SO_FAR = ('data: {"progress": 0, "message": "Server requested"}\n\n'
 
 
 class VersionResource(Resource):
-    """`/`: the API's version."""
+    """`/`: the API's version, and `/info`: those of all else and the hooks in use."""
 
     def on_get(self, req, resp):
         """Open to all: clients ask before they have a token."""
         resp.media = {"version": API_VERSION}
 
-
-class InfoResource(Resource):
-    """`/info`: versions and the hooks in use."""
-
     @falcon.before(needs_admin)
-    def on_get(self, req, resp):
+    def on_get_info(self, req, resp):
         resp.media = {"version": API_VERSION, "python": sys.version, "sys_executable": sys.executable,
                       "authenticator": class_model(self.people.authenticator),
                       "spawner": class_model(self.servers.spawner)}
 
 
-class UsersResource(Resource):
-    """`/users`, with the filters of JupyterHub 1.3 to 5. A POST creates those who are new, all or none."""
+class UserResource(Resource):
+    """`/users` (a POST creates those who are new, all or none), `/users/{name}` and `/users/{name}/activity`."""
 
     @falcon.before(needs_admin)
-    def on_get(self, req, resp):
+    def on_get_all(self, req, resp):
         page = Paging(req)
         users, total = self.people.list(req.get_param("state"), req.get_param("name_filter", default=""),
                                         req.get_param("sort", default="id"), page.offset, page.limit)
@@ -4062,16 +3851,12 @@ class UsersResource(Resource):
         resp.media = page.model([user_model(self.site, details, state=True) for details in rows], total)
 
     @falcon.before(needs_admin)
-    def on_post(self, req, resp):
+    def on_post_all(self, req, resp):
         body = read_fields(req, "user", {"usernames": list, **USER_KEYS})
         if not body.get("usernames"):
             raise BadRequest("Must specify at least one user to create")
         rows = self.people.details_of(self.people.create_many(body["usernames"], body.get("admin", False)))
         resp.status, resp.media = 201, [user_model(self.site, details, servers=False) for details in rows]
-
-
-class UserResource(Resource):
-    """`/users/{name}`; only admins see `auth_state` and the state of servers."""
 
     @falcon.before(needs_self_or_admin)
     def on_get(self, req, resp, name):
@@ -4100,54 +3885,43 @@ class UserResource(Resource):
         self.servers.delete_user(user)
         resp.status = 204
 
-
-class ActivityResource(Resource):
-    """`/users/{name}/activity`, which every single-user server reports every five minutes."""
-
     @falcon.before(needs_self_or_admin)
-    def on_post(self, req, resp, name):
-        self.people.record_activity(self.people.find(name), *read_activity(req))
-
-
-def read_activity(req: falcon.Request) -> tuple[datetime | None, dict[str, datetime]]:
-    """The user's last activity and that of each server. Raises BadRequest."""
-    body = read_object(req) or {}
-    at, servers = body.get("last_activity"), body.get("servers") or {}
-    if not isinstance(servers, dict) or not all(
-            isinstance(entry, dict) and entry.get("last_activity") for entry in servers.values()):
-        raise BadRequest("servers must be a dict of the form {server_name: {last_activity: timestamp}}")
-    if not at and not servers:
-        raise BadRequest("body must contain at least one of `last_activity` or `servers`")
-    at = at and parse_time(at)
-    moments = {name: parse_time(entry["last_activity"]) for name, entry in servers.items()}
-    latest = max(filter(None, [at, *moments.values()]))
-    if latest > now() + timedelta(minutes=59):  # clocks differ
-        raise BadRequest(f"Rejecting activity from more than an hour in the future: {isoformat(latest)}")
-    return at, moments
+    def on_post_activity(self, req, resp, name):
+        """When the user (`last_activity`) and their servers were last used, as each server reports every 5 minutes."""
+        own, body = req.visit.identity.user, read_object(req) or {}
+        user = own if own and own.name == name else self.people.find(name)
+        at, servers = body.get("last_activity"), body.get("servers") or {}
+        if not isinstance(servers, dict) or not all(
+                isinstance(entry, dict) and entry.get("last_activity") for entry in servers.values()):
+            raise BadRequest("servers must be a dict of the form {server_name: {last_activity: timestamp}}")
+        if not at and not servers:
+            raise BadRequest("body must contain at least one of `last_activity` or `servers`")
+        at = at and parse_time(at)
+        moments = {name: parse_time(entry["last_activity"]) for name, entry in servers.items()}
+        latest = max(filter(None, [at, *moments.values()]))
+        if latest > now() + timedelta(minutes=59):  # clocks differ
+            raise BadRequest(f"Rejecting activity from more than an hour in the future: {isoformat(latest)}")
+        self.people.record_activity(user, at, moments)
 
 
 class ServerResource(Resource):
-    """`/users/{name}/server` and `/users/{name}/servers/{server_name}`. 202: the server is starting or stopping."""
+    """`/users/{name}/server[s/{server_name}]` (202: it starts or stops) and its `/progress`, as server-sent events."""
 
     @falcon.before(needs_self_or_admin)
     def on_post(self, req, resp, name, server_name=""):
         user, options = self.people.find(name), read_object(req)
         if len(json.dumps(options)) > OPTIONS_LIMIT:
             raise BadRequest(f"The options of a start must not be longer than {OPTIONS_LIMIT} characters")
-        if server_name:
-            self.servers.check_named()
         server = self.servers.find_or_create(user, server_name)
-        self.servers.start(server, options, keep_options=options is None)
+        self.servers.start(server, options)
         if self.servers.observe(server).status == "stopped" and server.failure:
-            raise SpawnFailed(f"{server.label}'s server failed to start. {server.failure}")
+            raise HubError(f"{server.label}'s server failed to start. {server.failure}")
         resp.status = 201 if server.status == "ready" else 202
         resp.content_type = falcon.MEDIA_TEXT
 
     @falcon.before(needs_self_or_admin)
     def on_delete(self, req, resp, name, server_name=""):
         user, remove = self.people.find(name), read_fields(req, "server", {"remove": bool}).get("remove", False)
-        if server_name:
-            self.servers.check_named()
         server = self.servers.find(user, server_name)
         if remove and not server.name:
             raise BadRequest("Cannot delete the default server")
@@ -4158,29 +3932,20 @@ class ServerResource(Resource):
         if self.servers.observe(server).status == "stopping":
             resp.status, resp.content_type = 202, falcon.MEDIA_TEXT
 
-
-class ProgressResource(Resource):
-    """`/users/{name}/server/progress` and `/users/{name}/servers/{server_name}/progress`: server-sent events."""
-
     @falcon.before(needs_self_or_admin)
-    def on_get(self, req, resp, name, server_name=""):
+    def on_get_progress(self, req, resp, name, server_name=""):
         server = self.servers.find(self.people.find(name), server_name)
         last, host = self.servers.progress(server), host_of(req.env)
         number = host.socket_number()
         resp.content_type, resp.cache_control = "text/event-stream", ["no-cache"]
         if last:
-            resp.text = sse(last)
+            resp.text = f"data: {json.dumps(last)}\n\n"
         elif number is None or self.splicer.is_full or req.method == "HEAD":
             resp.text = f"{PROGRESS_SO_FAR}retry: 1000\n\n"  # an EventSource reconnects in a second
         else:
             handover = host.take_over(number)
             self.splicer.carry(ProgressStream(handover.client, self.store, self.servers, server))
             resp.content_length, resp.stream = 0, handover
-
-
-def sse(event: dict[str, Any]) -> str:
-    """A server-sent event in JupyterHub's format, with neither `event:` nor `id:`."""
-    return f"data: {json.dumps(event)}\n\n"
 
 
 class ProgressStream(Connection):
@@ -4191,12 +3956,12 @@ class ProgressStream(Connection):
         self.store, self.servers, self.server = store, servers, server
 
     async def serve(self) -> None:
-        head = plain_response("200 OK", "text/event-stream", None, [("Cache-Control", "no-cache")])
+        head = plain_response("200 OK", "text/event-stream", "", [("Cache-Control", "no-cache")])
         await self.send(self.client, head + PROGRESS_SO_FAR.encode())
         while not (last := await asyncio.get_running_loop().run_in_executor(None, self._last_event)):
             await self.send(self.client, b"\n\n")  # which fails once the client is gone
             await asyncio.sleep(0.5)
-        await self.send(self.client, sse(last).encode())
+        await self.send(self.client, f"data: {json.dumps(last)}\n\n".encode())
 
     def _last_event(self):
         try:
@@ -4208,21 +3973,25 @@ class ProgressStream(Connection):
             return None  # asked again in a moment
 
 
-class TokensResource(Resource):
-    """`/users/{name}/tokens`."""
+class TokenResource(Resource):
+    """`/users/{name}/tokens[/{token_id}]`, and `/authorizations/token`, which that has replaced."""
 
     @falcon.before(needs_self_or_admin)
-    def on_get(self, req, resp, name):
+    def on_get_all(self, req, resp, name):
         tokens = self.tokens.of(self.people.find(name))
         resp.media = {"api_tokens": [token_model(token) for token in tokens if not token.client_id],
                       "oauth_tokens": [token_model(token) for token in tokens if token.client_id]}
 
-    def on_post(self, req, resp, name):
+    def on_post_all(self, req, resp, name):
         """Create a token. Open to all, because the body may hold credentials."""
-        body = read_object(req) or {}
+        body, identity = read_object(req) or {}, self.visitors.identify(req)
         note, expires_in = check_token_request(body)
-        identity = self.visitors.identify(req)
-        user = get_token_owner(self.people, identity, name) if identity else self._sign_in(req, body, name)
+        if identity:
+            user = self._get_owner(identity, name)
+        else:
+            require(isinstance(body.get("auth"), dict), "Missing or invalid credentials.")
+            user = self._sign_in(req, body["auth"], known_only=True)
+            require(user == self.people.get(name), "Invalid username or password")
         if user is None:
             raise NotFound(f"No such user: {name}")
         by = f" by {identity.kind} {identity.name}" if identity and identity.user_id != user.id else ""
@@ -4230,33 +3999,31 @@ class TokensResource(Resource):
         log.info("user %s: new token%s", user.name, by)
         resp.status, resp.media = 201, {**token_model(row), "token": token}
 
-    def _sign_in(self, req, body, name):
-        require(isinstance(body.get("auth"), dict), "Missing or invalid credentials.")
-        user = self.sign_in.sign_in(body["auth"], req.env, req.visit.client.address, known_only=True)
-        require(user and user == self.people.get(name), "Invalid username or password")
+    def on_post_deprecated(self, req, resp):
+        """Create a token. Open to all, because the body may hold a password."""
+        body, identity = read_object(req) or {}, self.visitors.identify(req)
+        name = str(body.get("username") or (identity and identity.name))
+        user = self._get_owner(identity, name) if identity else self._sign_in(req, body)
+        if user is None:
+            raise BadRequest(f"No such user '{name}'")
+        if not identity and req.get_header("Origin") in (None, req.visit.scheme_and_host):  # else it is login CSRF
+            self.visitors.sign_in_browser(req, resp, user)
+        token, _ = self.tokens.create(user, "Requested via deprecated api")
+        resp.media = {"token": token, "user": user_model(self.site, self.people.details(user.name), servers=False),
+                      "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
+
+    def _get_owner(self, identity, name):
+        """The user of that name, or None, if the identity may have a token of theirs."""
+        require(identity.client is None)
+        user = self.people.get(name)
+        is_own = user and user.id == identity.user_id
+        require(identity.admin or is_own, "Only admins can request tokens for other users")
         return user
 
-
-def check_token_request(body: dict[str, Any]) -> tuple[str, float | None]:
-    """The note of a new token and its lifetime in seconds (None: it does not expire). Raises BadRequest."""
-    note, expires_in = body.get("note") or "", body.get("expires_in")
-    if not isinstance(note, str) or "\0" in note or len(note) > NOTE_LIMIT:
-        raise BadRequest(f"note must be a string of at most {NOTE_LIMIT} characters")
-    if expires_in is not None and not (type(expires_in) in (int, float) and 0 < expires_in < NEVER):
-        raise BadRequest("expires_in must be a number of seconds greater than 0")
-    return note, expires_in
-
-
-def get_token_owner(people: People, identity: Identity, name: str) -> User | None:
-    """The user of that name. Raises Forbidden for an OAuth token and unless the identity is that user or an admin."""
-    require(not identity.client)
-    user = people.get(name)
-    require(identity.admin or (user and user.id == identity.user_id), "Only admins can request tokens for other users")
-    return user
-
-
-class TokenResource(Resource):
-    """`/users/{name}/tokens/{token_id}`. A token can revoke itself."""
+    def _sign_in(self, req, credentials, known_only=False):
+        user = self.sign_in.sign_in(credentials, req.env, req.visit.client.address, known_only)
+        require(user, "Invalid username or password")
+        return user
 
     @falcon.before(needs_self_or_admin)
     def on_get(self, req, resp, name, token_id):
@@ -4266,6 +4033,17 @@ class TokenResource(Resource):
     def on_delete(self, req, resp, name, token_id):
         self.tokens.delete(self.tokens.find(self.people.find(name), token_id))
         resp.status = 204
+
+
+def check_token_request(body: dict[str, Any]) -> tuple[str, float | None]:
+    """The note of a new token and its lifetime in seconds (None: it does not expire). Raises BadRequest."""
+    note, expires_in = body.get("note") or "", body.get("expires_in")
+    if not isinstance(note, str) or "\0" in note or len(note) > 1000:
+        raise BadRequest("note must be a string of at most 1000 characters")
+    century = 100 * 365 * 24 * 3600  # a longer lifetime would overflow a date
+    if expires_in is not None and not (type(expires_in) in (int, float) and 0 < expires_in < century):
+        raise BadRequest("expires_in must be a number of seconds greater than 0")
+    return note, expires_in
 
 
 class IdentityResource(Resource):
@@ -4288,7 +4066,6 @@ class IdentityResource(Resource):
 
     @falcon.before(needs_api_token)
     def on_get_cookie(self, req, resp, cookie_name, cookie_value=""):
-        # The value may also be the body.
         value = unquote((cookie_value or read_body(req).decode("utf-8", "replace")).strip().strip('"'))
         user = cookie_name in HUB_COOKIES and self.sign_in.user_of_cookie(cookie_name, value)
         if not user:
@@ -4297,57 +4074,30 @@ class IdentityResource(Resource):
 
     def _model(self, identity):
         """The API's model of a user or a service, with the token's facts of JupyterHub 2 and later."""
-        if identity.kind == "user":
-            model = user_model(self.site, self.people.details(identity.name), servers=False)
+        if identity.kind == "user":  # whose token was looked up together with the details
+            details = identity.user if identity.token_id else self.people.details(identity.name)
+            model = user_model(self.site, details, servers=False)
         else:
             model = {"kind": "service", "name": identity.name, "admin": identity.admin}
-        model["scopes"], model["session_id"] = self.tokens.scopes_of(identity), identity.session_id or None
-        model["token_id"] = identity.token_id and f"{'o' if identity.client else 'a'}{identity.token_id}"
-        return model
+        return {**model, "scopes": self.tokens.scopes_of(identity), "session_id": identity.session_id or None,
+                "token_id": identity.token_id and f"{'o' if identity.client else 'a'}{identity.token_id}"}
 
 
-class AuthorizeTokenResource(Resource):
-    """`/authorizations/token`, deprecated by `/users/{name}/tokens`."""
-
-    def on_post(self, req, resp):
-        """Create a token. Open to all, because the body may hold a password."""
-        body, identity = read_object(req) or {}, self.visitors.identify(req)
-        name = str(body.get("username") or (identity and identity.name))
-        user = get_token_owner(self.people, identity, name) if identity else self._sign_in(req, resp, body)
-        if user is None:
-            raise BadRequest(f"No such user '{name}'")
-        token, _ = self.tokens.create(user, "Requested via deprecated api")
-        resp.media = {"token": token, "user": user_model(self.site, self.people.details(user.name), servers=False),
-                      "warning": "/authorizations/token is deprecated in favour of /users/:name/tokens"}
-
-    def _sign_in(self, req, resp, body):
-        user = self.sign_in.sign_in(body, req.env, req.visit.client.address)
-        require(user, "Invalid username or password")
-        if req.get_header("Origin") in (None, req.visit.scheme_and_host):  # else a page of another site (login CSRF)
-            self.visitors.sign_in_browser(req, resp, user)
-        return user
-
-
-class GroupsResource(Resource):
-    """`/groups`. A POST creates several groups with the same members, all or none."""
+class GroupResource(Resource):
+    """`/groups` (a POST creates several, all or none), `/groups/{name}`, and its `/users` and `/properties`."""
 
     @falcon.before(needs_admin)
-    def on_get(self, req, resp):
+    def on_get_all(self, req, resp):
         page, groups = Paging(req), self.groups.list()
-        shown = groups[page.offset:][:page.limit]
-        resp.media = page.model(group_models(self.groups, shown), len(groups))
+        resp.media = page.model(group_models(self.groups, groups[page.offset:][:page.limit]), len(groups))
 
     @falcon.before(needs_admin)
-    def on_post(self, req, resp):
+    def on_post_all(self, req, resp):
         body = read_fields(req, "groups", {"groups": list, "users": list})
         if not body.get("groups"):
             raise BadRequest("Must specify at least one group to create")
         groups = self.groups.create(body["groups"], body.get("users", []))
         resp.status, resp.media = 201, group_models(self.groups, groups)
-
-
-class GroupResource(Resource):
-    """`/groups/{name}`, `/groups/{name}/users` (DELETE has a body) and `/groups/{name}/properties` (JupyterHub 3)."""
 
     @falcon.before(needs_admin)
     def on_get(self, req, resp, name):
@@ -4385,22 +4135,17 @@ class GroupResource(Resource):
         resp.media, = group_models(self.groups, [group])
 
 
-class ServicesResource(Resource):
-    """`/services`: an object, though the contract says a list, because that is what clients read."""
-
-    @falcon.before(needs_admin)
-    def on_get(self, req, resp):
-        resp.media = {service.name: service_model(self.site, service) for service in self.services.list()}
-
-
 class ServiceResource(Resource):
-    """`/services/{name}`, for admins and for the service itself."""
+    """`/services`, an object, though the contract says a list, as clients expect one, and `/services/{name}`."""
 
     @falcon.before(needs_full)
-    def on_get(self, req, resp, name):
+    def on_get(self, req, resp, name=None):
         identity = req.visit.identity
-        require(identity.admin or (identity.kind, identity.name) == ("service", name))
-        resp.media = service_model(self.site, self.services.find(name))
+        require(identity.admin or (identity.kind, identity.name) == ("service", name))  # which may see itself
+        if name:
+            resp.media = service_model(self.site, self.services.find(name))
+        else:
+            resp.media = {service.name: service_model(self.site, service) for service in self.services.list()}
 
 
 class ProxyResource(Resource):
@@ -4460,12 +4205,11 @@ def server_model(site: Site, user_name: str, server: ServerDetails, state: bool 
 
 def token_model(token: Token) -> dict[str, Any]:
     """The API's Token."""
+    model = {"user": token.user.name, "created": isoformat(token.created),
+             "last_activity": isoformat(token.last_activity), "expires_at": isoformat(token.expires_at)}
     if token.client_id:
-        model = {"id": f"o{token.id}", "kind": "oauth", "oauth_client": token.client.description}
-    else:
-        model = {"id": f"a{token.id}", "kind": "api_token", "note": token.note}
-    return {**model, "user": token.user.name, "created": isoformat(token.created),
-            "last_activity": isoformat(token.last_activity), "expires_at": isoformat(token.expires_at)}
+        return {**model, "id": f"o{token.id}", "kind": "oauth", "oauth_client": token.client.description}
+    return {**model, "id": f"a{token.id}", "kind": "api_token", "note": token.note}
 
 
 def group_models(groups: Groups, shown: list[Group]) -> list[dict[str, Any]]:
@@ -4499,18 +4243,17 @@ class Paging:
         self.offset = req.get_param_as_int("offset", min_value=0, max_value=2 ** 31, default=0)
         self.limit = req.get_param_as_int("limit", min_value=1, max_value=2 ** 31)
         if self._is_accepted:
-            self.limit = min(self.limit or PAGE_LENGTH, LONGEST_PAGE)
+            self.limit = min(self.limit or 50, 200)  # JupyterHub's default and maximum
 
     def model(self, items: list[Any], total: int) -> Any:
         """The plain list, or, for a client that accepts pagination, an object with the address of the next page."""
         if not self._is_accepted:
             return items
-        following, end = None, self.offset + len(items)
-        if end < total:
+        pagination = {"offset": self.offset, "limit": self.limit, "total": total, "next": None}
+        if (end := self.offset + len(items)) < total:
             following = {"offset": end, "limit": self.limit}
             url = self._req.visit.scheme_and_host + self._req.visit.mount.base[:-1] + quote(self._req.path)
-            following["url"] = f"{url}?{urlencode({**self._req.params, **following})}"
-        pagination = {"offset": self.offset, "limit": self.limit, "total": total, "next": following}
+            pagination["next"] = {**following, "url": f"{url}?{urlencode({**self._req.params, **following})}"}
         return {"items": items, "_pagination": pagination}
 
 
@@ -4562,9 +4305,10 @@ class Page(Resource):
 
     wants_session = True  # forms need a browser session, which the middleware begins before the responder
 
-    def show(self, req: HubRequest, resp: falcon.Response, title: str, body: Markup | list[Markup], script: str = "",
-             status: int = 200) -> None:
-        """Answer with a page for whoever is signed in."""
+    def show(self, req: HubRequest, resp: falcon.Response, title: str, template: str, script: str = "",
+             status: int = 200, **values: Any) -> None:
+        """Answer with a page for whoever is signed in: `template` filled in with the values and with `{xsrf}`."""
+        body = markup(template, xsrf=self.xsrf_field(req), **values)
         show_page(req, resp, self.visitors.user_of(req), title, body, script, status)
 
     def xsrf_field(self, req: HubRequest) -> Markup:
@@ -4576,8 +4320,8 @@ CSP = ("default-src 'none'; img-src 'self'; connect-src 'self'; base-uri 'none';
        " script-src {script}; frame-ancestors 'self'")
 
 
-def show_page(req: HubRequest, resp: falcon.Response, user: User | None, title: str, body: Markup | list[Markup],
-              script: str = "", status: int = 200) -> None:
+def show_page(req: HubRequest, resp: falcon.Response, user: User | None, title: str, body: Markup, script: str = "",
+              status: int = 200) -> None:
     """Answer with a page that runs no script but `script`, is framed by no other site and stays in no cache."""
     resp.status, resp.content_type = status, falcon.MEDIA_HTML
     resp.text = render_page(req.visit.mount, title, body, user, script)
@@ -4591,8 +4335,7 @@ def _csp_source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" if text else "'none'"
 
 
-def render_page(mount: Mount, title: str, body: Markup | list[Markup], user: User | None = None,
-                script: str = "") -> str:
+def render_page(mount: Mount, title: str, body: Markup, user: User | None = None, script: str = "") -> str:
     """A whole page for a signed-in `user` or nobody. A page with a script reloads itself where scripts do not run."""
     links = [("home", "Home")] + ([("admin", "People")] if user and user.admin else []) + [
         ("token", "Tokens"), ("logout", f"Sign out {user.name}")] if user else []
@@ -4657,9 +4400,7 @@ LAYOUT = """<!doctype html>
 </body>
 </html>
 """
-
 RELOAD = Markup("<noscript><meta http-equiv=refresh content=2></noscript>")
-
 LOGO = Markup("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="28" height="28" aria-hidden="true">
 <rect width="32" height="32" rx="8" fill="#2456d6"/>
 <path d="M16 16 8 9M16 16l8-7M16 16v9" stroke="#fff" stroke-width="2.5"/>
@@ -4671,38 +4412,32 @@ STYLE = """
   --edge: #858ea0; --main: #2456d6; --on-main: #fff; --bad: #b3261e; --good: #1b7f4b }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaf1; --soft: #a3adc0; --paper: #12161f; --card: #1b2130;
   --line: #353e51; --edge: #717c93; --main: #7ea2ff; --on-main: #10141d; --bad: #ff9a91; --good: #6fd6a3 } }
-* { box-sizing: border-box }
+* { box-sizing: border-box } p { margin: 0 0 .8rem } a { color: var(--main) }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 header { display: flex; justify-content: space-between; align-items: center; flex-wrap: wrap; gap: .5rem 1rem;
   padding: .6rem 1rem; background: var(--card); border-bottom: 1px solid var(--line) }
 header a { display: inline-flex; align-items: center; gap: .5rem; color: inherit; text-decoration: none }
 header > a { font-weight: 650 } nav a:hover { color: var(--main) }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; color: var(--soft) }
-main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1.2rem } h2 { font-size: 1.1rem; margin: 0 0 .6rem }
-p { margin: 0 0 .8rem } a { color: var(--main) } form { margin: 0 }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.2rem; margin: 0 0 1rem }
 label { display: block; font-weight: 600; margin: 0 0 .9rem } label small { font-weight: 400; color: var(--soft) }
-input[type=text], input[type=password], textarea { display: block; width: 100%; margin-top: .25rem;
-  padding: .6rem .7rem; font: inherit; font-weight: 400; color: inherit; background: var(--paper);
-  border: 1px solid var(--edge); border-radius: 8px }
+input, textarea { display: block; width: 100%; margin-top: .25rem; padding: .6rem .7rem; font: inherit;
+  font-weight: 400; color: inherit; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px }
 input[readonly] { color: var(--soft); border-color: var(--line) } ::placeholder { color: var(--soft); opacity: 1 }
 button, .button { display: inline-block; padding: .5rem .95rem; font: inherit; font-weight: 600; text-decoration: none;
   color: var(--on-main); background: var(--main); border: 1px solid var(--main); border-radius: 8px; cursor: pointer }
 .quiet { color: var(--main); background: none }
 :is(button, a, input, textarea):focus-visible { outline: 3px solid var(--main); outline-offset: 2px }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
-.row > :first-child { flex: 1 1 7rem; min-width: 0; overflow-wrap: anywhere }
-.row > :first-child input { margin-top: 0 }
+.row > :first-child { flex: 1 1 7rem; min-width: 0 } .row > :first-child input { margin-top: 0 }
 .row + .row { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-.row + .below { margin: .5rem 0 0 1rem; padding: 0; border: 0 }
-.actions { display: flex; flex-wrap: wrap; gap: .5rem }
+.row + .below { margin: .5rem 0 0 1rem; padding: 0; border: 0 } .actions { display: flex; flex-wrap: wrap; gap: .5rem }
 .state { color: var(--soft); font-size: .9rem; display: block } .state.ready { color: var(--good) }
-.problem { border-left: 4px solid var(--bad); padding: .6rem .9rem; background: var(--card); margin: 0 0 1rem;
-  overflow-wrap: anywhere }
-pre, code { font: .85rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap }
-pre { margin: .6rem 0 0 } code { user-select: all }
-label + .state, .card > :last-child { margin-bottom: 0 }
+.problem { border-left: 4px solid var(--bad); padding: .6rem .9rem; background: var(--card); margin: 0 0 1rem }
+pre, code { font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap }
+pre { margin: .6rem 0 0 } code { user-select: all } .card > :last-child { margin-bottom: 0 }
 progress { width: 100%; height: 1rem; margin-bottom: .8rem; accent-color: var(--main) }
 """
 
@@ -4711,20 +4446,14 @@ progress { width: 100%; height: 1rem; margin-bottom: .8rem; accent-color: var(--
 # 17. OAuth2 endpoints
 ########################################################################################################
 
-CONSENT_PAGE = """
-<form method=post class=card>
+CONSENT_PAGE = """<form method=post class=card>
 {xsrf}
 {about}
 <div class=actions>
 <button>Open it</button>
-<a class="button quiet" href="{home}">Not now</a>
-</div>
-</form>
-"""
-
+<a class="button quiet" href="{home}">Not now</a></div></form>"""
 ABOUT_SERVER = """<p>This is the server of <b>{name}</b>. Programs there will learn your name. What you change there,
 you change for them. Open it only if you trust them: their pages can do here whatever you can.</p>"""
-
 ABOUT_SERVICE = "<p>This is the service <b>{name}</b>. Programs there will learn your name.</p>"
 
 
@@ -4735,12 +4464,12 @@ class AuthorizeResource(Page):
     def on_get(self, req, resp):
         """Grants at once for the user's own server, else shows the consent page."""
         client = self._check_request(req)
-        owner = client.owner
-        if client.skips_consent or (owner and owner.id == req.visit.user.id):
+        owner = client.server and client.server.user
+        if owner.id == req.visit.user.id if owner else client.service.spec["oauth_no_confirm"]:
             raise self._grant(req, client)
         about = markup(ABOUT_SERVER, name=owner.name) if owner else markup(ABOUT_SERVICE, name=client.service.name)
-        self.show(req, resp, "Open this server?" if owner else "Open this service?", markup(
-            CONSENT_PAGE, about=about, home=req.visit.page("home"), xsrf=self.xsrf_field(req)))
+        self.show(req, resp, "Open this server?" if owner else "Open this service?", CONSENT_PAGE, about=about,
+                  home=req.visit.page("home"))
 
     @falcon.before(needs_login)
     @falcon.before(needs_xsrf)
@@ -4757,7 +4486,7 @@ class AuthorizeResource(Page):
         challenge, method = req.get_param("code_challenge"), req.get_param("code_challenge_method")
         if challenge and not (method == "S256" and re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge)):  # RFC 7636
             raise self._redirect(req, client, error="invalid_request")
-        owner = client.owner
+        owner = client.server and client.server.user
         require(self.tokens.may_enter(Identity.of_user(req.visit.user), owner and owner.id),
                 f"You may not open the server of {owner and owner.name}")
         return client
@@ -4808,17 +4537,13 @@ class RootPage(Resource):
 
     @falcon.before(needs_login)
     def on_get_hub(self, req, resp):
-        """Leads home, or to where `next` says."""
         raise Redirect(next_url(req))
 
 
 def next_url(req: HubRequest) -> str:
-    """Where `next` leads, if that is a path on this site (no open redirect), else home with the rest of the query.
-
-    Browsers read `\\` as `/` and skip control characters.
-    """
+    """Where `next` leads, if that is a path on this site (no open redirect), else home with the rest of the query."""
     target = req.get_param("next", default="")
-    if re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target):
+    if re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target):  # browsers read \ as / and skip control characters
         return target
     query = urlencode([(name, value) for name, value in parse_qsl(req.query_string) if name not in ("next", "_xsrf")])
     return req.visit.page("home") + (query and f"?{query}")
@@ -4828,10 +4553,9 @@ SIGN_IN_FORM = """{problem}
 <form method=post class=card>
 {xsrf}
 <label>Name
-<input type=text name=username autocomplete=username autocapitalize=none spellcheck=false required value="{name}"
- {at_name}></label>
+<input name=username autocomplete=username autocapitalize=none spellcheck=false required value="{name}" {focus}></label>
 <label>Password
-<input type=password name=password autocomplete=current-password required {at_password}></label>
+<input type=password name=password autocomplete=current-password required {focus_password}></label>
 <button>Sign in</button></form>
 <p class=state>{hint}</p>"""
 LINK_HINT = "No password yet, or forgotten it? Ask your teacher for a sign-in link."
@@ -4845,16 +4569,13 @@ class LoginPage(Page):
 
     def on_get(self, req, resp):
         """Open to all. Those who are signed in go on to `next`."""
-        login_url = self.settings.login_url
         if self.visitors.user_of(req):
             raise Redirect(next_url(req))
         if self.sign_in.has_form:
-            self._show_form(req, resp)
-        elif login_url:
-            separator = "&" if "?" in login_url else "?"
-            raise Redirect(f"{login_url}{separator}{urlencode({'next': next_url(req)})}")
-        else:
-            self.show(req, resp, "Sign in", AT_THE_SITE)
+            return self._show_form(req, resp)
+        if url := self.settings.login_url:
+            raise Redirect(f"{url}{'&' if '?' in url else '?'}{urlencode({'next': next_url(req)})}")
+        self.show(req, resp, "Sign in", AT_THE_SITE)
 
     def on_post(self, req, resp):
         """Open to all. A wrong password shows the form again, with 200 as in JupyterHub."""
@@ -4875,10 +4596,9 @@ class LoginPage(Page):
         raise Redirect(next_url(req))
 
     def _show_form(self, req, resp, name="", message="", status=200):
-        self.show(req, resp, "Sign in", markup(
-            SIGN_IN_FORM, problem=problem(message), xsrf=self.xsrf_field(req), name=name,
-            at_name="" if name else "autofocus", at_password="autofocus" if name else "",
-            hint=FIRST_ADMIN_HINT if self.sign_in.needs_first_admin() else LINK_HINT), status=status)
+        self.show(req, resp, "Sign in", SIGN_IN_FORM, status=status, problem=problem(message), name=name,
+                  focus="" if name else "autofocus", focus_password="autofocus" if name else "",
+                  hint=FIRST_ADMIN_HINT if self.sign_in.needs_first_admin() else LINK_HINT)
 
 
 STILL_AT_THE_SITE = Markup("<p class=card>You are signed out of your servers, but not of the site that this hub is"
@@ -4903,10 +4623,9 @@ LINK_FORM = """{problem}
 {xsrf}
 <p>{intro}</p>
 <label>Name
-<input type=text name=username autocomplete=username autocapitalize=none spellcheck=false
- value="{name}" {attributes}></label>
+<input name=username autocomplete=username autocapitalize=none spellcheck=false value="{name}" {attributes}></label>
 <label>New password <small>at least 8 characters</small>
-<input type=password name=password autocomplete=new-password minlength=8 required {at_password}></label>
+<input type=password name=password autocomplete=new-password minlength=8 required {focus_password}></label>
 <label>Once more
 <input type=password name=again autocomplete=new-password minlength=8 required></label>
 <button>Save and sign in</button></form>"""
@@ -4938,24 +4657,21 @@ class LinkPage(Page):
 
     def _show_form(self, req, resp, user, name="", message="", status=200):
         name = user.name if user else name
-        self.show(req, resp, "Choose your password", markup(
-            LINK_FORM, problem=problem(message), xsrf=self.xsrf_field(req), name=name,
-            intro=LINK_INTRO.format(name=name) if user else FIRST_ADMIN_INTRO,
-            attributes="readonly" if user else "required" if name else "required autofocus",
-            at_password="autofocus" if name else ""), status=status)
+        self.show(req, resp, "Choose your password", LINK_FORM, status=status, problem=problem(message), name=name,
+                  intro=LINK_INTRO.format(name=name) if user else FIRST_ADMIN_INTRO,
+                  attributes="readonly" if user else "required" if name else "required autofocus",
+                  focus_password="autofocus" if name else "")
 
 
 SERVER_ROW = """<div class="row {style}">
 <div><b>{name}</b><span class="state {status}">{state}</span></div>
 <div class=actions>{actions}</div></div>"""
 OPEN = '<a class=button href="{open}">Open</a>'
-WATCH = '<a class=button href="{watch}">Watch</a>'
+WATCH = '<a class=button href="{spawn}">Watch</a>'
 START = '<form method=post action="{spawn}">{xsrf}<button>Start</button></form>'
 STOP = '<form method=post action="{stop}">{xsrf}<button class=quiet>Stop</button></form>'
 DELETE = '<form method=post action="{delete}">{xsrf}<button class=quiet>Delete</button></form>'
-
 STATE_WORDS = {"ready": "running", "spawning": "starting", "stopping": "stopping", "stopped": "not running"}
-#: The buttons for a server in each of its states.
 ACTIONS = {"ready": (OPEN, STOP), "spawning": (WATCH, STOP), "stopping": (), "stopped": (START,)}
 
 
@@ -4964,8 +4680,8 @@ class ServersPage(Page):
 
     def _show_server(self, req, resp, server, going_to="", status=200):
         state = "has failed" if server.failure else f"is {STATE_WORDS[server.status]}"
-        body = self._server_card(req, [server], going_to)
-        self.show(req, resp, f"{_server_title(req, server)} {state}", body, status=status)
+        self.show(req, resp, f"{_server_title(req, server)} {state}", "{card}", status=status,
+                  card=self._server_card(req, [server], going_to))
 
     def _server_card(self, req, servers, going_to=""):
         """Servers with their buttons, and above them why the last ones have failed."""
@@ -4975,27 +4691,19 @@ class ServersPage(Page):
         return markup("{problems}<section class=card>{rows}</section>", problems=problems, rows=rows)
 
     def server_row(self, req: HubRequest, server: Server, going_to: str = "", style: str = "") -> Markup:
-        """A server's name, its state and its buttons."""
+        """A server's name, its state (with its end, if the settings end idle or old ones) and its buttons."""
+        state = "failed" if server.failure else STATE_WORDS[server.status]
+        stops_at = server.status == "ready" and stop_time(self.settings, server.started, server.last_activity)
+        if stops_at:
+            state = f"running; as things stand it will be stopped at {readable(stops_at)}"
         actions = ACTIONS[server.status]
         if server.status == "stopped" and server.name and server.id and not server.is_deleted:
             actions = (START, DELETE)
         urls = {page: _server_page(req, page, server, going_to) for page in ("spawn", "stop", "delete")}
-        buttons = markup("\n".join(actions), **urls, open=self.site.server_url(server.user.name, server.name),
-                         watch=_server_page(req, "spawn-pending", server, going_to), xsrf=self.xsrf_field(req))
+        buttons = markup("\n".join(actions), open=self.site.server_url(server.user.name, server.name),
+                         xsrf=self.xsrf_field(req), **urls)
         return markup(SERVER_ROW, style=style, name=server.name or _server_title(req, server), status=server.status,
-                      state=self._state_words(server), actions=buttons)
-
-    def _target_of(self, req, server):
-        """The URL at which the server is opened: the one in it that `next` asks for, or else its front page."""
-        prefix, target = req.visit.mount.server_prefix(server.user.name, server.name), next_url(req)
-        return self.site.servers_origin(server.user.name) + (target if target.startswith(prefix) else prefix)
-
-    def _state_words(self, server):
-        """The server's state, and until when it runs if the settings end idle or old ones."""
-        stops_at = server.status == "ready" and stop_time(self.settings, server.started, server.last_activity)
-        if stops_at:
-            return f"running; as things stand it will be stopped at {readable(stops_at)}"
-        return "failed" if server.failure else STATE_WORDS[server.status]
+                      state=state, actions=buttons)
 
 
 def _server_title(req, server):
@@ -5019,7 +4727,7 @@ NAMED_SERVER_FORM = """<form method=post action="{action}" class=card>
 <h2>Another server</h2>
 <p class=state>It runs beside the first one and has the same files.</p>
 <div class=row>
-<div><input type=text name=server_name aria-label="Name of the new server" placeholder="a name, like project" required
+<div><input name=server_name aria-label="Name of the new server" placeholder="a name, like project" required
  maxlength=63 autocapitalize=none pattern="[A-Za-z0-9][A-Za-z0-9_.~\\-]*" title="Letters, digits, - _ . and ~"></div>
 <button class=quiet>Start</button></div></form>"""
 
@@ -5029,16 +4737,25 @@ class HomePage(ServersPage):
 
     @falcon.before(needs_own_pages)
     def on_get(self, req, resp):
-        """The default server, and named ones if the hub has them."""
-        user = req.visit.owner
-        servers = self.servers.of(user)
+        servers = self.servers.of(req.visit.user)
         if any(server.status == "stopping" for server in servers):
             resp.set_header("Refresh", "2")
-        body = [self._server_card(req, servers)]
-        if self.settings.named_servers:
-            action = req.visit.page(f"spawn/{quote_name(user.name)}")
-            body.append(markup(NAMED_SERVER_FORM, action=action, xsrf=self.xsrf_field(req)))
-        self.show(req, resp, f"Hello, {user.name}", body)
+        template = "{servers}" + (NAMED_SERVER_FORM if self.settings.named_servers else "")
+        self.show(req, resp, f"Hello, {req.visit.user.name}", template, servers=self._server_card(req, servers),
+                  action=req.visit.page("spawn"))
+
+
+STARTING = """<section class=card id=progress data-events="{events}">
+<p>This takes a few seconds. The server opens here as soon as it is ready.</p>
+<progress aria-label="starting"></progress>
+<form method=post action="{stop}">{xsrf}<button class=quiet>Cancel</button></form></section>"""
+#: At the end of the start, the page is loaded again, and then leads to the server or says why it has failed.
+PROGRESS_SCRIPT = """
+const events = new EventSource(document.getElementById("progress").dataset.events);
+const leave = () => { events.close(); location.reload(); };
+events.onmessage = (event) => { if (JSON.parse(event.data).progress === 100) leave(); };
+events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(leave, 2000); };
+"""
 
 
 class SpawnPage(ServersPage):
@@ -5046,77 +4763,41 @@ class SpawnPage(ServersPage):
 
     @falcon.before(needs_own_pages)
     def on_get(self, req, resp, name="", server_name=""):
-        """Leads to the server if it runs or starts, else offers to start it: following a link starts nothing."""
-        if server_name:
-            self.servers.check_named()
+        """Leads to the server, shows how it starts, or offers to start it: following a link starts nothing."""
         server = self.servers.observe(self.servers.get_or_plan(req.visit.owner, server_name))
-        if server.status in ("ready", "spawning"):
-            raise Redirect(self._next_page(req, server))
-        self._show_server(req, resp, server)
+        if server.status == "ready":
+            prefix, target = req.visit.mount.server_prefix(server.user.name, server.name), next_url(req)
+            origin = self.site.servers_origin(server.user.name)
+            raise Redirect(origin + (target if target.startswith(prefix) else prefix))
+        if server.status != "spawning":
+            return self._show_server(req, resp, server)
+        path = f"servers/{quote_name(server.name)}" if server.name else "server"
+        events = req.visit.page(f"api/users/{quote_name(server.user.name)}/{path}/progress")
+        self.show(req, resp, f"{_server_title(req, server)} is starting", STARTING, PROGRESS_SCRIPT, events=events,
+                  stop=_server_page(req, "stop", server))
 
     @falcon.before(needs_own_pages)
     @falcon.before(needs_xsrf)
     def on_post(self, req, resp, name="", server_name=""):
         """Start the server, and lead to the page that shows how that goes."""
         server_name = server_name or req.visit.form.get("server_name", "")
-        if server_name:
-            self.servers.check_named()
         server = self.servers.observe(self.servers.find_or_create(req.visit.owner, server_name))
         if server.status == "stopped":
             self.servers.start(server)
-        raise Redirect(self._next_page(req, server), status=303)
-
-    def _next_page(self, req, server):
-        return self._target_of(req, server) if server.status == "ready" else _server_page(req, "spawn-pending", server)
-
-
-STARTING = """<section class=card id=progress data-events="{events}" data-next="{target}">
-<p>This takes a few seconds. The server opens here as soon as it is ready.</p>
-<progress aria-label="starting"></progress>
-<form method=post action="{stop}">{xsrf}<button class=quiet>Cancel</button></form></section>"""
-
-PROGRESS_SCRIPT = """
-const box = document.getElementById("progress"), events = new EventSource(box.dataset.events);
-const leave = (ready) => { events.close(); location.replace(ready ? box.dataset.next : location.href); };
-events.onmessage = (event) => {
-  const news = JSON.parse(event.data);
-  if (news.ready || news.failed) leave(news.ready);
-};
-events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(leave, 2000); };
-"""
-
-
-class SpawnPendingPage(ServersPage):
-    """`/hub/spawn-pending/{name}[/{server_name}]`: a server that starts."""
-
-    @falcon.before(needs_own_pages)
-    def on_get(self, req, resp, name, server_name=""):
-        """Leads to the server once it is ready; says why it has failed."""
-        server = self.servers.observe(self.servers.find(req.visit.owner, server_name))
-        if server.status == "ready":
-            raise Redirect(self._target_of(req, server))
-        if server.status != "spawning":
-            return self._show_server(req, resp, server)
-        path = f"servers/{quote_name(server.name)}" if server.name else "server"
-        events = req.visit.page(f"api/users/{quote_name(server.user.name)}/{path}/progress")
-        self.show(req, resp, f"{_server_title(req, server)} is starting", markup(
-            STARTING, events=events, target=self._target_of(req, server), stop=_server_page(req, "stop", server),
-            xsrf=self.xsrf_field(req)), PROGRESS_SCRIPT)
+        raise Redirect(_server_page(req, "spawn-pending", server), status=303)
 
 
 class StopPage(Page):
-    """`/hub/stop/{name}[/{server_name}]` and `/hub/delete/{name}/{server_name}`."""
+    """`/hub/stop/{name}[/{server_name}]` and, to stop and delete a named server, `/hub/delete/{name}/{server_name}`."""
 
     @falcon.before(needs_own_pages)
     @falcon.before(needs_xsrf)
     def on_post(self, req, resp, name, server_name=""):
-        """Stop the server."""
         self._stop(req, server_name)
 
     @falcon.before(needs_own_pages)
     @falcon.before(needs_xsrf)
     def on_post_delete(self, req, resp, name, server_name):
-        """Stop a named server and delete it."""
         self._stop(req, server_name, forget=True)
 
     def _stop(self, req, server_name, **options):
@@ -5134,7 +4815,7 @@ TOKEN_FORM = """<p>A token lets a program do in your name whatever you can do he
 {xsrf}
 <h2>New token</h2>
 <div class=row>
-<div><input type=text name=note maxlength=200 aria-label="What it is for" placeholder="what it is for"></div>
+<div><input name=note maxlength=200 aria-label="What it is for" placeholder="what it is for"></div>
 <button>Make a token</button></div></form>
 {list}"""
 TOKEN_ROW = """<div class=row>
@@ -5147,7 +4828,6 @@ class TokenPage(Page):
 
     @falcon.before(needs_own_pages)
     def on_get(self, req, resp):
-        """The user's tokens, and a form for a new one."""
         self._show_tokens(req, resp)
 
     @falcon.before(needs_own_pages)
@@ -5168,7 +4848,7 @@ class TokenPage(Page):
                        name=model.get("note") or f"Browser signed in: {model.get('oauth_client')}",
                        used=readable(token.last_activity)) for token, model in tokens]
         listing = rows and markup("<section class=card>{rows}</section>", rows=rows)
-        self.show(req, resp, "Tokens", markup(TOKEN_FORM, new=new, xsrf=self.xsrf_field(req), list=listing))
+        self.show(req, resp, "Tokens", TOKEN_FORM, new=new, list=listing)
 
 
 class UserUrlPage(ServersPage):
@@ -5196,8 +4876,6 @@ class UserUrlPage(ServersPage):
         if server.status == "ready":
             self.routes.add(server)  # against an endless redirect, should the route be missing
             raise Redirect(self.site.servers_origin(owner.name) + here)
-        if is_for_programs(req, path):
-            raise Unavailable(f"JupyterHub server no longer running at {here}")
         self.visitors.ensure_session(req, resp)  # the middleware for pages does not see falcon's sinks
         self._show_server(req, resp, server, going_to=here, status=503)
 
@@ -5207,7 +4885,6 @@ class UserRedirectPage(Resource):
 
     @falcon.before(needs_login)
     def on_get(self, req, resp, rest=""):
-        """To the same path on the user's own server."""
         raise Redirect(self.site.server_url(req.visit.user.name, "") + target_below(req.env, "/hub/user-redirect/"))
 
 
@@ -5216,8 +4893,7 @@ class HealthPage(Resource):
 
     def on_get(self, req, resp):
         """Open to all: 200 and nothing else when the hub and its database answer."""
-        self.store.check()
-        resp.text = ""
+        self.store.fact("schema_version")
 
 
 class ErrorPage(Page):
@@ -5225,7 +4901,7 @@ class ErrorPage(Page):
 
     def on_get(self, req, resp, code):
         """Open to all. The status is 200, because the proxy sets its own."""
-        self.show(req, resp, error_title(code), problem(
+        self.show(req, resp, error_title(code), "{problem}", problem=problem(
             "Nothing answers at this address just now." if code in (404, 503) else f"The proxy reports error {code}."))
 
 
@@ -5273,7 +4949,6 @@ class AdminPage(ServersPage):
 
     @falcon.before(needs_admin_login)
     def on_get(self, req, resp):
-        """All users, the servers that run, and a form to add users."""
         self._show_people(req, resp)
 
     @falcon.before(needs_admin_login)
@@ -5308,10 +4983,9 @@ class AdminPage(ServersPage):
     def _show_people(self, req, resp, news="", names="", status=200):
         users, _ = self.people.list()
         running = self.servers.running()
-        rows = [self._person(req, user, running.get(user.id, ())) for user in users]
-        self.show(req, resp, "People", markup(
-            PEOPLE, news=news, action=req.visit.page("admin"), xsrf=self.xsrf_field(req), names=names, rows=rows,
-            hint=LOST_LINK_HINT if self.sign_in.has_form else ""), status=status)
+        rows = [self._person(req, user, [server for server in running if server.user_id == user.id]) for user in users]
+        self.show(req, resp, "People", PEOPLE, status=status, news=news, action=req.visit.page("admin"), names=names,
+                  rows=rows, hint=LOST_LINK_HINT if self.sign_in.has_form else "")
 
     def _person(self, req, user, servers):
         name = quote_name(user.name)
@@ -5331,25 +5005,24 @@ USER = API + "/users/{name:text}"
 #: Every path, whose parts in [...] may be left out, with its resource and the suffix of the responders' names.
 PATTERNS = (
     (API + "[/]", VersionResource, None),
-    (API + "/info", InfoResource, None),
-    (API + "/users", UsersResource, None),
+    (API + "/info", VersionResource, "info"),
+    (API + "/users", UserResource, "all"),
     (USER, UserResource, None),
-    (USER + "/activity", ActivityResource, None),
+    (USER + "/activity", UserResource, "activity"),
     (USER + "/server", ServerResource, None),
-    (USER + "/server/progress", ProgressResource, None),
+    (USER + "/server/progress", ServerResource, "progress"),
     (USER + "/servers/[{server_name:text}]", ServerResource, None),
-    (USER + "/servers/{server_name:text}/progress", ProgressResource, None),
-    (USER + "/tokens", TokensResource, None),
+    (USER + "/servers/{server_name:text}/progress", ServerResource, "progress"),
+    (USER + "/tokens", TokenResource, "all"),
     (USER + "/tokens/{token_id:text}", TokenResource, None),
     (API + "/user", IdentityResource, "user"),
-    (API + "/groups", GroupsResource, None),
+    (API + "/groups", GroupResource, "all"),
     (API + "/groups/{name:text}", GroupResource, None),
     (API + "/groups/{name:text}/users", GroupResource, "users"),
     (API + "/groups/{name:text}/properties", GroupResource, "properties"),
-    (API + "/services", ServicesResource, None),
-    (API + "/services/{name:text}", ServiceResource, None),
+    (API + "/services[/{name:text}]", ServiceResource, None),
     (API + "/proxy", ProxyResource, None),
-    (API + "/authorizations/token", AuthorizeTokenResource, None),
+    (API + "/authorizations/token", TokenResource, "deprecated"),
     (API + "/authorizations/token/{token:text}", IdentityResource, "token"),
     (API + "/authorizations/cookie/{cookie_name:text}[/{cookie_value:text}]", IdentityResource, "cookie"),
     (API + "/oauth2/authorize", AuthorizeResource, None),
@@ -5363,7 +5036,7 @@ PATTERNS = (
     ("/hub/link/{token:text}", LinkPage, None),
     ("/hub/home", HomePage, None),
     ("/hub/spawn[/{name:text}[/{server_name:text}]]", SpawnPage, None),
-    ("/hub/spawn-pending/{name:text}[/{server_name:text}]", SpawnPendingPage, None),
+    ("/hub/spawn-pending/{name:text}[/{server_name:text}]", SpawnPage, None),
     ("/hub/stop/{name:text}[/{server_name:text}]", StopPage, None),
     ("/hub/delete/{name:text}/{server_name:text}", StopPage, "delete"),
     ("/hub/token", TokenPage, None),
@@ -5383,9 +5056,7 @@ NO_ANSWER = "This server does not answer just now. It may be busy, or about to s
 
 class Hub:
     """A notebook hub as a WSGI application. Takes the fields of `Settings` as keywords; raises SettingError.
-
-    Its attributes are the collaborators that do the work, each of which uses only those before it.
-    """
+    Its attributes are the collaborators that do the work, each of which uses only those before it."""
 
     def __init__(self, **settings: Any):
         self.settings = settings = Settings(**settings)
@@ -5442,21 +5113,14 @@ class Hub:
         environ = self._entrance.enter(environ)
         try:
             with self.store.connected():
-                return self._answer(environ, start_response)
-        except DatabaseTrouble as error:
-            return self._envelope.refuse(error, environ, start_response)
-
-    def _answer(self, environ, start_response):
-        mount = environ["minihub.visit"].mount
-        try:
-            self._entrance.check(environ)
-            self.site.arrive(mount)
-            self.ticker.start()
-            if route := self.routes.find(mount.base, environ["PATH_INFO"]):
-                return self._forward(environ, start_response, *route)
-        except (HubError, Redirect) as refusal:
+                self._entrance.check(environ)
+                self.site.arrive(environ["minihub.visit"].mount)
+                self.ticker.start()
+                if route := self.routes.find(environ["minihub.visit"].mount.base, environ["PATH_INFO"]):
+                    return self._forward(environ, start_response, *route)
+                return self._pages(environ, start_response)
+        except (HubError, Redirect, *DatabaseTrouble) as refusal:
             return self._envelope.refuse(refusal, environ, start_response)
-        return self._pages(environ, start_response)
 
     def _forward(self, environ, start_response, target, data):
         """Pass a request on to the server at `target`, without the hub's secrets."""
@@ -5468,8 +5132,7 @@ class Hub:
         return self.routes.proxy.forward(environ, start_response, target, visit.client, unavailable)
 
     def wrap(self, application: Callable) -> Callable:
-        """A WSGI application that is this hub for `base_url` itself and for hub/, user/ and services/ below it, and
-        `application` for all other paths."""
+        """A WSGI application: this hub for `base_url` and hub/, user/ and services/ below it, else `application`."""
         return lambda environ, start_response: (
             self if self._entrance.is_for_hub(environ) else application)(environ, start_response)
 
@@ -5484,15 +5147,13 @@ class Hub:
             self.servers.delete_user(self.people.find(name))
 
     def start_server(self, name: str, server_name: str = "", options: dict[str, Any] | None = None) -> str:
-        """Start a user's server and return its URL at once; `on_server_started` tells when it is ready.
-
-        Without `options` it gets those of its last start. One that is starting goes on. Raises NotFound for an unknown
-        user, BadRequest if it runs or is stopping, TooMany at a limit. The hub learns its mount point from its first
-        request: before that, the URL is below `base_url`.
-        """
+        """Start a user's server and return its URL at once; `on_server_started` tells when it is ready. Without
+        `options` it gets those of its last start. One that is starting goes on. Until the hub's first request tells its
+        mount point, the URL is below `base_url`. Raises NotFound for an unknown user, BadRequest if it runs or is
+        stopping, TooMany at a limit."""
         with self.store.connected():
             server = self.servers.find_or_create(self.people.find(name), server_name)
-            self.servers.start(server, options, keep_options=options is None)
+            self.servers.start(server, options)
             return self.site.servers_origin(server.user.name) + server.prefix
 
     def stop_server(self, name: str, server_name: str = "") -> None:
@@ -5507,19 +5168,15 @@ class Hub:
 
     def close(self) -> None:
         """End the hub's threads in this process, its connections and a database in memory. Servers and services go on.
-
-        A later request starts the threads again. Not for callbacks, which the threads themselves may run.
-        """
+        A later request starts the threads again. Not for callbacks, which the threads themselves may run."""
         self.ticker.close()
         self.splicer.close()
         self.store.close()
 
 
 class CommandLineHub(Hub):
-    """A hub that leaves services and admins as they are: a shell may lack the settings of the hub that runs."""
-
     def _apply_settings(self):
-        pass
+        """Leave services and admins as they are: a shell may lack the settings of the hub that runs."""
 
 
 class Entrance:
@@ -5527,16 +5184,15 @@ class Entrance:
 
     def __init__(self, settings: Settings, site: Site):
         self.settings, self.site = settings, site
-        self._base = settings.base_url.encode().decode("latin-1")  # as PATH_INFO spells it (PEP 3333)
+        self._above = settings.base_url.rstrip("/").encode().decode("latin-1")  # as PATH_INFO spells it (PEP 3333)
 
     def enter(self, environ: dict[str, Any]) -> dict[str, Any]:
         """The request's environ as seen from inside the hub, below the mount point and base_url, with its Visit."""
         script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO") or "/"
-        above = self._base.rstrip("/")
-        base = quote((script + above).encode("latin-1"), safe="/@~") + "/"
-        is_inside = f"{path}/".startswith(f"{above}/")
+        base = quote(f"{script}{self._above}/", safe="/@~", encoding="latin-1")
+        is_inside = f"{path}/".startswith(f"{self._above}/")
         if is_inside:
-            script, path = script + above, path[len(above):] or "/"
+            script, path = script + self._above, path[len(self._above):] or "/"
         address = self.settings.hub_url or host_of(environ).own_address or self.site.last_address
         visit = Visit(Client.of(environ, self.settings.trusted_proxies), Mount(base, address), is_inside)
         return {**environ, "SCRIPT_NAME": script, "PATH_INFO": path, "minihub.visit": visit}
@@ -5544,38 +5200,32 @@ class Entrance:
     def check(self, environ: dict[str, Any]) -> None:
         """Raises HubError for a request that cannot be served here, Redirect for one that belongs elsewhere."""
         host_of(environ).check()
-        if self.settings.user_url:
-            self._check_origin(environ)
-        if environ["minihub.visit"].is_inside:
-            return
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        visit, is_read = environ["minihub.visit"], environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        origin = self.settings.user_url and self._origin_of(environ["PATH_INFO"], visit.client.host)
+        if origin and not is_host_of(origin, visit.client.host):
+            location = origin + request_target(environ)
+            if not is_read or is_websocket(environ):
+                raise Misdirected(f"This is to be found at {location} only")
+            raise Redirect(location)
+        if not visit.is_inside and not is_read:
             raise NotFound(f"The hub is below {self.settings.base_url}")
-        # JupyterHub, too, leads to the same path among its pages.
-        raise Redirect(environ["minihub.visit"].page() + target_below(environ, "/"))
+        if not visit.is_inside:  # JupyterHub, too, leads to the same path among its pages
+            raise Redirect(visit.page() + target_below(environ, "/"))
 
-    def _check_origin(self, environ):
-        """Servers are on user_url only, the hub's own pages on public_url only."""
-        host, (_, kind, name, *_) = environ["minihub.visit"].client.host, f"{environ['PATH_INFO']}//".split("/")
-        if kind == "user" and name:
-            # Not normalized: a route is for one spelling of a name, and belongs on one host.
-            origin = self.site.servers_origin(name.encode("latin-1").decode("utf-8", "replace"))
-        else:
-            origin = self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
-        if not origin or is_host_of(origin, host):
-            return
-        location = origin + request_target(environ)
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or is_websocket(environ):
-            raise Misdirected(f"This is to be found at {location} only")
-        raise Redirect(location)
+    def _origin_of(self, path, host):
+        """Where a path is to be found: servers on user_url only, the hub's own pages on all hosts but those."""
+        _, kind, name, *_ = f"{path}//".split("/")
+        if kind == "user" and name:  # not normalized: a route is for one spelling of a name, and belongs on one host
+            return self.site.servers_origin(name.encode("latin-1").decode("utf-8", "replace"))
+        return self.settings.public_url if is_host_of(self.settings.user_url, host) else ""
 
     def is_for_hub(self, environ: dict[str, Any]) -> bool:
         """Whether a request to a site that the hub is wrapped around is for the hub."""
-        client = Client.of(environ, self.settings.trusted_proxies)
-        if self.settings.user_url and is_host_of(self.settings.user_url, client.host):
+        if is_host_of(self.settings.user_url, Client.of(environ, self.settings.trusted_proxies).host):
             return True  # the site's pages must not be found where students' are
-        above, base, below = f"{environ.get('PATH_INFO', '')}/".partition(self._base)
-        is_front = below in ("", "/") and self._base != "/"  # a site around it has a front page of its own
-        return not above and bool(base) and (is_front or below.partition("/")[0] in ("hub", "user", "services"))
+        path = f"{environ.get('PATH_INFO', '')}/"
+        is_front = self._above != "" and path.rstrip("/") == self._above  # a hub at / leaves the site its front page
+        return is_front or path.startswith(tuple(f"{self._above}/{part}/" for part in ("hub", "user", "services")))
 
 
 class Envelope:
@@ -5588,8 +5238,7 @@ class Envelope:
     def make_app(self) -> falcon.App:
         """A falcon application, still without routes."""
         application = falcon.App(middleware=[self], request_type=HubRequest)
-        for kind in (falcon.HTTPError, Exception):
-            application.add_error_handler(kind, self.render)
+        application.add_error_handler((falcon.HTTPError, Exception), self.render)
         return application
 
     def refuse(self, error: Exception, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
@@ -5597,6 +5246,7 @@ class Envelope:
         def fail(req, resp, **params):
             raise error
 
+        environ["minihub.visit"].is_user_known = True  # as nobody: the database may be away
         application = self.make_app()
         application.add_sink(fail)
         return application(environ, start_response)
@@ -5617,11 +5267,8 @@ class Envelope:
             resp.set_header("Content-Security-Policy", "frame-ancestors 'self'; default-src 'none'")
 
     def render(self, req: HubRequest, resp: falcon.Response, error: Exception, params: Any) -> None:
-        """falcon's hook for errors."""
         shown = self._as_hub_error(req, error)
-        resp.status = shown.status
-        if shown.retry_after:
-            resp.set_header("Retry-After", str(shown.retry_after))
+        resp.status, resp.retry_after = shown.status, shown.retry_after
         if isinstance(error, falcon.HTTPError):
             resp.set_headers(error.headers or {})
         if isinstance(error, OAuthError):
@@ -5687,22 +5334,18 @@ def make_pages(hub: Hub, application: falcon.App) -> falcon.App:
 
 
 class Shutdown:
-    """The end of the hub, by POST /shutdown.
-
-    Only a server that runs nothing but `minihub:app` is ended, with all its workers. Somebody else's application is
-    never killed: the setting `on_shutdown` is called instead.
-    """
+    """The end of the hub, by POST /shutdown. Only a server that runs nothing but `minihub:app` is ended, with all its
+    workers. Somebody else's application is never killed: the setting `on_shutdown` is called instead."""
 
     def __init__(self, settings: Settings, store: Store, servers: Servers, services: Services, routes: Routes):
-        self.settings, self.store = settings, store
-        self.servers, self.services, self.routes = servers, services, routes
+        self.settings, self.store, self.servers, self.services, self.routes = settings, store, servers, services, routes
         self.owns_host = False  # true for minihub.app
 
     def __call__(self, servers: bool, proxy: bool, environ: dict[str, Any]) -> None:
         """End services, on demand servers and proxy, and, once this request is answered, the WSGI server."""
         log.warning("shutting down%s%s", ", with all servers" if servers else "", ", with the proxy" if proxy else "")
-        if servers:
-            self.servers.stop_all()
+        for server in self.servers.running() if servers else ():
+            self.servers.stop(server)
         self.services.stop_all()
         if proxy:
             self.routes.stop_proxy()
@@ -5726,16 +5369,11 @@ def __getattr__(name):
     """`minihub.app`, made from the `MINIHUB_*` variables when it is first asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _make_app()
-
-
-@functools.cache
-def _make_app():
     if not log.hasHandlers():  # the program that runs the hub has set up no logging: use gunicorn's format
         text = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
         logging.basicConfig(format=text, datefmt="%Y-%m-%d %H:%M:%S %z")
         log.setLevel(logging.INFO)
-    hub = Hub(**vars(Settings.from_environ()))
+    globals()["app"] = hub = Hub(**vars(Settings.from_environ()))
     hub.shut_down.owns_host = True
     hub.ticker.start_in_workers()
     return hub
@@ -5756,9 +5394,9 @@ def main(arguments: list[str] | None = None) -> int:
     link.add_argument("name", metavar="NAME")
     link.add_argument("--admin", action="store_true", help="and make NAME an admin")
     token = commands.add_parser("token", help="print a new API token for NAME")
-    token.set_defaults(run=_print_token)
+    token.set_defaults(run=lambda hub, options: print(
+        hub.tokens.create(hub.people.find(options.name), "Requested on the command line")[0]))
     token.add_argument("name", metavar="NAME")
-    token.add_argument("--note", default="Requested on the command line", help="what it is for")
     backup = commands.add_parser("backup", help="copy the database (SQLite) into the new FILE, while the hub runs")
     backup.set_defaults(run=lambda hub, options: hub.store.backup(options.file))
     backup.add_argument("file", metavar="FILE")
@@ -5782,10 +5420,6 @@ def _print_link(hub, options):
     if options.admin:
         hub.people.change(user, {"admin": True})
     print(hub.sign_in.link_for(user))
-
-
-def _print_token(hub, options):
-    print(hub.tokens.create(hub.people.find(options.name), options.note)[0])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import statistics
 import struct
 import sqlite3
 import subprocess
+import symtable
 import sys
 import tempfile
 import threading
@@ -154,35 +155,32 @@ def is_open(port):
 
 def find_postgres(program):
     """The path of a program of Debian's PostgreSQL, or of one on the PATH."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: -float(folder.parent.name))
-    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)]))
+    folders = [os.environ.get("PATH", os.defpath), *Path("/usr/lib/postgresql").glob("*/bin")]
+    return shutil.which(program, path=os.pathsep.join(map(str, folders)))
 
 
 needs_postgres = pytest.mark.skipif(not find_postgres("initdb"), reason="apt-get install postgresql")
 
 
 class Postgres:
-    """A PostgreSQL server of the tests' own."""
+    """A PostgreSQL server of the tests' own, without what makes it slow and safe. It refuses to be root."""
 
-    def __init__(self):
-        """Start it, without what makes it slow and safe."""
-        self.folder = Path(tempfile.mkdtemp(prefix="minihub-postgres-"))
-        self.port = minihub.free_port()
+    def __init__(self, folder):
+        self.folder, self.port = folder, minihub.free_port()
         if os.geteuid() == 0:
-            shutil.chown(self.folder, "nobody")
+            shutil.chown(folder, "nobody")
         self.run("initdb", "--auth=trust", "--no-sync", "--username=minihub", "--locale=C", "--encoding=UTF8")
         options = (f"-F -p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
                    " -c full_page_writes=off -c max_connections=300")
-        self.run("pg_ctl", "--wait", f"--log={self.folder / 'log'}", f"--options={options}", "start")
-        self.create("template0", "hub")
+        self.run("pg_ctl", "--wait", "--log=log", f"--options={options}", "start")
+        self.ask("CREATE DATABASE hub")
         Hub(database=self.url("hub"), tick_interval=0).close()
 
     def run(self, program, *words):
-        """Run one of PostgreSQL's programs; as another user than root, which it refuses."""
+        """Run one of PostgreSQL's programs."""
         user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-        command = [find_postgres(program), "--pgdata", self.folder / "data", *words]
-        done = subprocess.run(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True, **user)
+        done = subprocess.run([find_postgres(program), "--pgdata=data", *words], cwd=self.folder, text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **user)
         assert done.returncode == 0, done.stderr
 
     def url(self, name):
@@ -191,46 +189,37 @@ class Postgres:
 
     def ask(self, query, name="postgres"):
         """The first column of the answer that a database gives to a query."""
-        psycopg2 = pytest.importorskip("psycopg2", reason="pip install '.[postgres]'")
-        with contextlib.closing(psycopg2.connect(self.url(name), application_name="tests")) as connection:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                cursor.execute(query)
-                return [row[0] for row in cursor.fetchall()] if cursor.description else []
-
-    def create(self, template="hub", name=""):
-        """The name of a new database: an empty one from "template0", or one that a hub has been in."""
-        name = name or f"hub_{secrets.token_hex(4)}"
-        self.ask(f"CREATE DATABASE {name} TEMPLATE {template}")
-        return name
+        with contextlib.closing(minihub.database_from_url(f"{self.url(name)}?application_name=tests")) as database:
+            cursor = database.execute_sql(query)
+            return [row[0] for row in cursor.fetchall()] if cursor.description else []
 
     def end_hubs(self, name):
         """End all connections of hubs to a database, and return how many there were."""
         return len(self.ask("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                             " WHERE datname = current_database() AND application_name <> 'tests'", name))
 
-    def stop(self):
-        """End it, and leave nothing."""
-        self.run("pg_ctl", "--mode=immediate", "stop")
-        shutil.rmtree(self.folder)
-
 
 @pytest.fixture(scope="session")
 def postgres():
     """A PostgreSQL server."""
-    server = Postgres()
-    yield server
-    server.stop()
+    pytest.importorskip("psycopg2", reason="pip install '.[postgres]'")
+    with tempfile.TemporaryDirectory(prefix="minihub-postgres-") as folder:  # where its user may go, unlike tmp_path
+        server = Postgres(folder)
+        yield server
+        server.run("pg_ctl", "--mode=immediate", "stop")
 
 
 @pytest.fixture
 def make_database(request, tmp_path):
-    """Makes the URL of a new database, of the kind that `pytest_generate_tests` says."""
+    """Makes the URL of a new database, of the kind that `pytest_generate_tests` says: PostgreSQL's is one that a hub
+    has been in, or, from "template0", an empty one."""
     def make(template="hub"):
+        name = f"hub_{secrets.token_hex(4)}"
         if request.param == "sqlite":
-            return f"sqlite:///{tmp_path}/hub-{secrets.token_hex(4)}.sqlite"
-        made.append(postgres.create(template))
-        return postgres.url(made[-1])
+            return f"sqlite:///{tmp_path}/{name}.sqlite"
+        postgres.ask(f"CREATE DATABASE {name} TEMPLATE {template}")
+        made.append(name)
+        return postgres.url(name)
 
     made = []
     postgres = request.getfixturevalue("postgres") if request.param == "postgres" else None
@@ -469,28 +458,12 @@ def api_of(hub, name):
     return Api(hub, token_for(hub, name) if name else None)
 
 
-@pytest.fixture
-def root(hub):
-    """The API as the admin sees it."""
-    return api_of(hub, "root")
+def api_fixture(name):
+    """A fixture with that API."""
+    return pytest.fixture(lambda hub: api_of(hub, name))
 
 
-@pytest.fixture
-def ada(hub):
-    """The API as the student ada sees it."""
-    return api_of(hub, "ada")
-
-
-@pytest.fixture
-def bob(hub):
-    """The API as the student bob sees it."""
-    return api_of(hub, "bob")
-
-
-@pytest.fixture
-def nobody(hub):
-    """The API as nobody sees it."""
-    return Api(hub)
+root, ada, bob, nobody = map(api_fixture, ("root", "ada", "bob", None))
 
 
 @pytest.fixture
@@ -727,12 +700,11 @@ def start_echo(live, folder, *options, **settings):
         ("public_url", ["example.org", "https://", "ftp://example.org"], "must look like https://host"),
         ("hub_url", ["localhost:8000", "http://127.0.0.1:99999", "http://[::1"], "must look like https://host"),
         ("login_url", ["login", "javascript:x"], "must be a path or look like https://host/path"),
-        ("authenticator", ["oauth"], "must be password, dummy, remote-user or package.module:Class"),
-        ("authenticator", ["json:nothing_there"], "must be importable: module 'json' has no attribute 'nothing_there'"),
-        ("spawner", ["no_such_module:Spawner"], "must be importable: No module named 'no_such_module'"),
+        ("authenticator", ["oauth"],
+         "must be password, dummy, remote-user or package.module:Class: No module named 'oauth'"),
+        ("spawner", ["json:a"], "must be subprocess or package.module:Class: module 'json' has no attribute 'a'"),
         ("spawner", [minihub, object], "must be a kind of Spawner"),
-        ("cmd", [" ", ""], "must name a command"),
-        ("cmd", ["jupyterhub-singleuser 'unfinished"], "must be a command line with matching quotes"),
+        ("cmd", [" ", "", "jupyterhub-singleuser 'unfinished"], "must be a command line with matching quotes"),
         ("admins", ["root", [1], None], "must be a list of strings"),
         ("start_timeout", [-1, float("nan"), float("inf"), True, "60"], "must be a number, 0 or more"),
         ("named_server_limit", [None, 1.5, 2.0, -1, True], "must be a whole number, 0 or more"),
@@ -764,22 +736,16 @@ def test_a_database_that_cannot_be_opened_stops_the_hub_and_its_password_is_not_
 
 @pytest.mark.parametrize(("settings", "problem"), [
     *[({"user_url": url}, "must look like https://host or https://{username}.host") for url in (
-        "nb.example", "https://nb.example/a", "https://{name}.example", "https://nb.{username}", "ftp://nb.example")],
+        "nb.example", "https://nb.example/a", "https://{name}.example", "https://nb.{username}", "ftp://nb.example",
+        "https://{USERNAME}.example", "http://127.0.0.1:8000", "http://10.0.0.1", "http://{username}.10.0.0.1")],
     ({"user_url": "https://nb.example", "public_url": ""}, "needs public_url, the address of the hub's own pages"),
     *[({"user_url": url, "hub_url": "http://nb.example"}, "must be another host than those of public_url and hub_url")
       for url in ("https://hub.example", "https://{username}.example:443", "https://HUB.example:8443",
                   "http://nb.example:80")],
-    *[({"user_url": url}, "must be a host name, because servers reach the hub at its IP address") for url in (
-        "http://127.0.0.1:8000", "http://10.0.0.1")],
     ({"user_url": "https://nb.example", "proxy": "chp"}, "needs the hub's own proxy")])
 def test_a_user_url_that_cannot_be_the_servers_own_stops_the_hub(make_hub, settings, problem):
     with pytest.raises(minihub.SettingError, match=f"^user_url: {re.escape(problem)}"):
         make_hub(**{"public_url": "https://hub.example", **settings})
-
-
-def test_a_user_url_needs_only_a_host_name_of_its_own():
-    settings = Settings(public_url="https://hub.nb.example", user_url="https://nb.example:8443/")
-    assert settings.user_url == "https://nb.example:8443"
 
 
 @pytest.mark.parametrize(("url", "own", "others"), [
@@ -794,11 +760,12 @@ def test_a_host_header_is_compared_with_a_url(url, own, others):
 @pytest.mark.parametrize(("setting", "value", "kept"), [
     ("base_url", "/", "/"), ("base_url", "/lab", "/lab/"), ("base_url", "/lab/", "/lab/"),
     ("public_url", "https://hub.example.org/", "https://hub.example.org"),
+    ("user_url", "https://nb.example:8443/", "https://nb.example:8443"),
     ("hub_url", "http://[::1]:8000", "http://[::1]:8000"), ("admins", ["root"], ("root",)),
     ("trusted_proxies", ["10.0.0.0/8"], ("10.0.0.0/8",)), ("start_timeout", 0, 0), ("homes", "/srv/../homes", "/homes"),
     ("cmd", "jupyter-labhub --port {port}", "jupyter-labhub --port {port}"), ("on_shutdown", print, print)])
 def test_a_valid_setting_is_kept_in_its_normal_form(setting, value, kept):
-    settings = Settings(**{setting: value})
+    settings = Settings(**{"public_url": "https://hub.nb.example", setting: value})
     assert getattr(settings, setting) == kept
     assert dataclasses.replace(settings) == settings
 
@@ -820,9 +787,7 @@ def test_a_setting_is_read_from_its_variable(name, text, value):
     ("named_servers", "maybe", "must be true or false (got 'maybe')"),
     ("named_server_limit", "1.5", "must be a whole number, 0 or more (got '1.5')"),
     ("start_timeout", "soon", "must be a number, 0 or more (got 'soon')"),
-    ("start_timeout", "nan", "must be a number, 0 or more (got nan)"),
-    ("services", "[", "must be a list of objects (got '[')"), ("services", "{}", "must be a list of objects (got {})"),
-    ("trusted_proxies", "10.0.0.0/8, here", "must be IP addresses or networks (got 'here')")])
+    ("services", "[", "must be a list of objects (got '[')"), ("services", "{}", "must be a list of objects (got {})")])
 def test_a_variable_with_a_wrong_value_is_refused(name, text, message):
     with pytest.raises(minihub.SettingError) as raised:
         Settings.from_environ({f"MINIHUB_{name.upper()}": text})
@@ -836,25 +801,23 @@ def test_a_warning_names_an_unknown_variable(name):
 
 
 def test_a_server_inherits_only_variables_on_the_list():
-    variables = {"PATH": "/bin", "LC_ALL": "C", "TZ": "UTC", "CLASS": "7b", "MINIHUB_PASSWORD": "x", "AWS_SECRET": "x",
-                 "PGPASSWORD": "x", "MINIHUB_SERVICES": "x"}
+    variables = {"PATH": "/bin", "LC_ALL": "C", "TZ": "UTC", "CLASS": "7b", "MINIHUB_PASSWORD": "x", "PGPASSWORD": "x"}
     inherited = Settings(env_keep=["CLASS"]).inherited_variables(variables)
     assert inherited == {"PATH": f"{Path(sys.executable).parent}:/bin", "LC_ALL": "C", "TZ": "UTC", "CLASS": "7b"}
 
 
 @pytest.mark.parametrize(("services", "problem"), [
     ("x", "must be a list of objects (got 'x')"),
-    (["x"], "must be a list of objects, each with a name (got 'x')"),
+    *[([entry], f"must be a list of objects, each with a name of letters, digits and -_.~ (got {name!r})")
+      for entry, name in (("x", None), ({}, None), ({"name": 1}, 1), ({"name": "a/b"}, "a/b"))],
     ([{"name": "a", "x": 1}], "a must have no other keys than name, admin, url, api_token, command, cwd, environment,"
      " user, info, display, oauth_no_confirm, oauth_client_id, oauth_redirect_uri (got ['x'])"),
-    ([{"name": "a/b"}], "must have names of letters, digits and -_.~ (got 'a/b')"),
     ([{"name": "a"}, {"name": "a"}], "must have different names (got ['a', 'a'])"),
     ([{"name": "a", "api_token": "short"}], "api_token of a must have at least 8 characters (got 5)"),
     *[([{"name": "a", key: value}], f"{key} of a {problem} (got {value!r})") for key, value, problem in (
-        ("admin", "yes", "must be true or false"), ("url", "nowhere", "must look like http://host:port"),
-        ("url", "http://[::1", "must look like http://host:port"), ("info", [], "must be an object"),
-        ("url", "http://a:99999", "must look like http://host:port"), ("command", 7, "must be a list of strings"),
-        ("command", "x 'y", "must have matching quotes"),
+        ("admin", "yes", "must be true or false"), ("info", [], "must be an object"),
+        *[("url", url, "must look like http://host") for url in ("nowhere", "http://[::1", "http://a:99999")],
+        ("command", 7, "must be a list of strings"), ("command", "x 'y", "must have matching quotes"),
         ("environment", {"A": 1}, "must be an object whose values are strings"),
         ("oauth_client_id", "jupyterhub-user-ada", "must not be one that a server can have"))]])
 def test_a_wrong_service_stops_the_hub_with_a_sentence(services, problem):
@@ -1146,7 +1109,7 @@ def test_the_first_threads_after_a_fork_share_one_database(hub, monkeypatch):
 
     def use(number):
         with hub.store.connected():
-            hub.store.check()
+            hub.store.fact("x")
             return hub.store.database
 
     monkeypatch.setattr(minihub, "open_database", open_at_once)
@@ -1238,14 +1201,6 @@ def test_a_database_of_a_newer_minihub_is_refused(make_hub, make_database):
         hub.store.set_fact("schema_version", minihub.SCHEMA_VERSION + 1)
     with pytest.raises(minihub.SettingError, match="written by a newer minihub"):
         make_hub(database=hub.settings.database)
-
-
-def test_a_database_of_the_same_minihub_is_opened_again(make_hub, make_database):
-    url = make_database()
-    people(make_hub(database=url))
-    again = make_hub(database=url)
-    with again.store.connected():
-        assert [user.name for user in again.people.list()[0]] == ["root", "ada", "bob"]
 
 
 #: The tables of minihub 0.1.0, their unique indexes, and rows in all of them; OLD_TYPES spells out what is short here.
@@ -1387,12 +1342,12 @@ def test_a_copy_of_the_database_is_set_aside_before_the_upgrade(old):
 
 
 def test_an_upgrade_that_fails_changes_nothing_and_can_be_tried_again(old, monkeypatch):
-    def fail(database):
-        upgrade(database)
-        database.execute_sql("nonsense")
+    def fail(store):
+        upgrade(store)
+        store.database.execute_sql("nonsense")
 
-    before, upgrade = old.rows(), minihub.upgrade_from_version_1
-    monkeypatch.setattr(minihub, "upgrade_from_version_1", fail)
+    before, upgrade = old.rows(), minihub.Store._upgrade_from_version_1
+    monkeypatch.setattr(minihub.Store, "_upgrade_from_version_1", fail)
     with pytest.raises(minihub.SettingError, match="nonsense"):
         minihub.Store(old.url)
     assert (old.rows(), old.database.table_exists("sessions")) == (before, False)
@@ -1632,8 +1587,11 @@ def ends_with(spawner, state):
 
 
 def test_a_server_has_the_hubs_variables_its_own_and_a_home(processes, monkeypatch):
-    monkeypatch.setattr(os, "environ", {"LANG": "C.UTF-8", "COURSE": "algebra", "HOME": "/root", "PGPASSWORD": "x",
-                                        "JUPYTERHUB_API_TOKEN": "stale"})
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in {"LANG": "C.UTF-8", "COURSE": "algebra", "HOME": "/root", "PGPASSWORD": "x",
+                        "JUPYTERHUB_API_TOKEN": "stale"}.items():
+        monkeypatch.setenv(name, value)
     spawner = processes("server", env_keep=["COURSE", "JUPYTERHUB_API_TOKEN"])
     assert spawner.environment(launch_of("a@b c", "n1", JUPYTERHUB_API_TOKEN="5ec4e7")) == {
         "LANG": "C.UTF-8", "COURSE": "algebra", "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.defpath]),
@@ -1705,8 +1663,8 @@ def test_a_log_is_private_and_no_secret_is_on_a_command_line(processes):
     state = spawner.start(launch_of(JUPYTERHUB_API_TOKEN="5ec4e7"))
     log_file = Path(state["run"].rpartition("@")[0] + ".log")
     assert log_file.stat().st_mode & 0o777 == 0o600 and log_file.parent.stat().st_mode & 0o777 == 0o700
-    line = wait_for(lambda: minihub.command_line(state["pid"]))  # empty for a moment, until the exec is done
-    assert "sleep" in line and "5ec4e7" not in line
+    line = wait_for(Path(f"/proc/{state['pid']}/cmdline").read_bytes)  # empty for a moment, until the exec is done
+    assert b"sleep" in line and b"5ec4e7" not in line
 
 
 def test_a_new_start_keeps_the_log_of_the_one_before(processes, tmp_path):
@@ -1721,12 +1679,11 @@ def test_a_new_start_keeps_the_log_of_the_one_before(processes, tmp_path):
     assert not list(Path(first["run"]).parent.glob(Path(first["run"]).name + "*"))
 
 
-def test_the_tail_of_a_log_is_short_and_valid_text_even_of_a_missing_one(processes, tmp_path):
+def test_the_tail_of_a_log_is_short_and_valid_text(processes, tmp_path):
     spawner = processes(script(tmp_path, "seq 100000", r"printf '\377\n'"))
     state = spawner.start(launch_of())
     ends_with(spawner, state)
     assert spawner.log_tail(state).splitlines() == [*map(str, range(99972, 100001)), "\ufffd"]
-    assert spawner.log_tail({"run": "/nowhere/server@1"}) == "(its log cannot be read: No such file or directory)"
 
 
 def test_a_server_has_a_session_of_its_own(processes):
@@ -1820,7 +1777,6 @@ def test_a_process_is_identified_by_boot_and_start_time():
         assert re.fullmatch(rf"{boot}:\d+", identity) and identity != minihub.process_identity(os.getpid())
         process.kill()
         wait_for(lambda: minihub.process_identity(process.pid) is None, message="a zombie counts as alive")
-    assert minihub.command_line(process.pid) == ""
 
 
 def test_an_interrupted_start_is_found_again(processes):
@@ -1830,24 +1786,21 @@ def test_an_interrupted_start_is_found_again(processes):
     assert wait_for(lambda: spawner.find(launch)) == state and spawner.find(launch_of()) is None
 
 
-def test_an_interrupted_start_whose_process_has_ended_is_found_ended(processes, tmp_path):
+def test_an_interrupted_start_whose_process_has_ended_is_not_found(processes, tmp_path):
     spawner, launch = processes(script(tmp_path, "exit 5")), launch_of()
     ends_with(spawner, spawner.start(launch))
-    assert spawner.poll(spawner.find(launch)) == 5
+    assert spawner.find(launch) is None
 
 
 @pytest.mark.parametrize("content", ["", "x http://127.0.0.1:1", "0 http://127.0.0.1:1", "-1 http://127.0.0.1:1",
                                      "1 http://127.0.0.1:1", "9" * 30 + " http://127.0.0.1:1", "1 2 3", "\0", None])
-def test_a_process_id_that_a_student_has_forged_is_never_signalled(processes, monkeypatch, tmp_path, content):
+def test_a_process_id_that_a_student_has_forged_is_not_believed(processes, tmp_path, content):
     spawner = processes("sleep 60 {port}", run_dir=str(tmp_path / "forged"))  # where the fixture will not clean up
     launch = launch_of()
-    monkeypatch.setattr(os, "killpg", lambda *sent: pytest.fail(f"signalled {sent}"))
     path = Path(spawner.settings.run_dir, "ada", f"server@{launch.id}.pid")
     path.parent.mkdir(parents=True)
     path.mkdir() if content is None else path.write_text(content)
-    found = spawner.find(launch)
-    if found:
-        assert spawner.poll(spawner.stop(found, now=True)) == -9
+    assert spawner.find(launch) is None
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.mkdir(), lambda path: None])
@@ -1924,21 +1877,15 @@ def test_malformed_response_heads_are_refused(raw):
     assert len(str(raised.value)) < 300  # it goes to the log
 
 
-def test_hop_by_hop_headers_and_hub_cookies_of_a_response_are_dropped():
-    head = minihub.ResponseHead.parse(
-        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: 5\r\nX-Mine: 1\r\nX-Yours: 2\r\n"
-        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\nProxy-Authenticate: x\r\nTrailer: x\r\n"
-        b"Set-Cookie: jupyterhub-hub-login=x\r\nSet-Cookie: =jupyterhub-services=x\r\nSet-Cookie: a=1\r\n"
-        b"Set-Cookie: b=2")
-    assert head.encode() == (b"HTTP/1.1 200 OK\r\nX-Yours: 2\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"
+def test_headers_of_a_response_that_no_client_should_get_are_dropped():
+    names = ("Keep-Alive X-Mine Content-Length Proxy-Authenticate Trailer Service-Worker-Allowed clear-site-data NEL"
+             " Report-To Alt-Svc Strict-Transport-Security X-Accel-Redirect x-sendfile X-LIGHTTPD-send-file")
+    head = minihub.ResponseHead(200, "OK", (
+        ("Connection", "keep-alive, X-Mine"), ("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no"),
+        *[(name, "5") for name in names.split()], ("Set-Cookie", "jupyterhub-hub-login=x"), ("Set-Cookie", "a=1"),
+        ("Set-Cookie", "=jupyterhub-services=x"), ("Set-Cookie", "b=2")))
+    assert head.encode() == (b"HTTP/1.1 200 OK\r\nX-Accel-Buffering: no\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"
                              b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
-
-
-def test_headers_for_the_whole_origin_or_a_web_server_in_front_are_dropped():
-    head = minihub.ResponseHead(200, "OK", tuple((name, "no") for name in (
-        "Service-Worker-Allowed", "clear-site-data", "NEL", "Report-To", "Alt-Svc", "Strict-Transport-Security",
-        "X-Accel-Redirect", "x-sendfile", "X-LIGHTTPD-send-file", "X-Accel-Buffering")))
-    assert head.passed_on() == [("X-Accel-Buffering", "no")]
 
 
 def test_set_cookie_headers_of_hub_cookies_are_recognised():
@@ -2584,10 +2531,10 @@ def test_forwarding_headers_are_believed_from_trusted_proxies_only(trusted, peer
     assert minihub.Client.of(request_environ(REMOTE_ADDR=peer, **said), trusted) == minihub.Client(*client)
 
 
-def test_the_chain_of_a_trusted_proxy_is_continued_and_others_begin_anew():
+def test_a_server_hears_of_the_client_from_a_trusted_proxy_and_of_the_peer_from_others():
     said = {"HTTP_X_FORWARDED_FOR": "6.6.6.6", "HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_FORWARDED_HOST": "good"}
     assert head_of(trusted=["10.9.8.7"], **said)[1:] == [
-        "Host: good", "X-Forwarded-For: 6.6.6.6, 10.9.8.7", "X-Forwarded-Proto: https", "X-Forwarded-Host: good",
+        "Host: good", "X-Forwarded-For: 6.6.6.6", "X-Forwarded-Proto: https", "X-Forwarded-Host: good",
         "Connection: close"]
     assert head_of(trusted=[], **said)[1:] == ["Host: lab:8000", *FORWARDED, "Connection: close"]
 
@@ -2803,7 +2750,7 @@ def carries_websockets(host):
             connection.send("hello")
             return connection.recv() == "hello"
     except websocket.WebSocketBadStatusException as error:
-        assert error.status_code == 501 and b"Run the hub with gunicorn" in error.resp_body
+        assert error.status_code == 501 and b"carry websockets, which notebooks need. Run the hub" in error.resp_body
         return False
 
 
@@ -2972,22 +2919,12 @@ def test_a_host_that_lends_no_socket_drops_hub_cookies_behind_a_bare_lf(waitress
 CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
 
 
-def test_a_host_that_lends_no_socket_decodes_chunks(waitress, at_home, scripted):
-    lead(at_home, scripted(CHUNK + b"0\r\n\r\n").address)
-    assert waitress.request("GET", "/user/bob/api").body == b"ok"
-
-
 @pytest.mark.parametrize(("response", "is_silent"), [
     (CHUNK, False), (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", True)], ids=["broken off", "stopped"])
 def test_a_host_that_lends_no_socket_breaks_off_with_the_response(waitress, at_home, scripted, response, is_silent):
     lead(at_home, scripted(response, hold=is_silent).address)
     with pytest.raises(http.client.IncompleteRead):
         waitress.request("GET", "/user/bob/lab", timeout=10)
-
-
-def test_a_host_that_lends_no_socket_says_that_it_cannot_carry_websockets(waitress):
-    response = waitress.request("GET", "/user/ada/socket", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
-    assert response.status == 501 and "does not let the hub carry websockets" in json.loads(response.body)["message"]
 
 
 @pytest.mark.parametrize("path, kind", [("/user/ada/lab", "text/html"), ("/user/ada/api", "application/json")])
@@ -3422,17 +3359,11 @@ def test_a_server_sees_no_token_of_those_who_may_not_enter(opened):
     assert seen_by_server(opened, token)[:2] == (None, "token=&x=1")
 
 
-def test_an_oauth_token_for_one_server_opens_no_other(hub):
-    token = oauth_token(hub, "root", owner="bob")  # the admin has been in bob's server, which now goes on to ada's
+def test_an_oauth_token_is_passed_on_to_no_other_server_than_the_one_it_is_for(hub):
+    good, foreign = oauth_token(hub, "root", owner="ada"), oauth_token(hub, "root", owner="bob")
     with hub.store.connected():
-        running(hub)
-        assert seen_by_server(hub, token)[:2] == (None, "token=&x=1")
-
-
-def test_an_oauth_token_is_passed_on_to_the_server_it_is_for(hub):
-    token = oauth_token(hub, "root", owner="ada")
-    with hub.store.connected():
-        assert seen_by_server(hub, token)[:2] == (f"Bearer {token}", f"token={token}&x=1")
+        assert seen_by_server(hub, good)[:2] == (f"Bearer {good}", f"token={good}&x=1")
+        assert seen_by_server(hub, foreign)[:2] == (None, "token=&x=1")  # or bob's server could go on to ada's
 
 
 @pytest.mark.database("sqlite")
@@ -3642,10 +3573,7 @@ def test_the_first_admins_link_works_once_whatever_happens_later(make_hub, caplo
 @pytest.mark.parametrize("settings", [
     {"authenticator": "dummy", "password": "x"}, {"authenticator": "remote-user"}, {}])
 def test_a_hub_that_needs_no_first_admin_announces_none(make_hub, caplog, settings):
-    hub = make_hub(**settings)
-    if not settings:
-        with hub.store.connected():
-            hub.sign_in.set_password(hub.people.create("root", admin=True), "a good password")
+    hub = make_hub(**settings) if settings else people(make_hub())
     assert announced(caplog, hub) == []
 
 
@@ -3671,15 +3599,16 @@ def test_a_server_is_starting_until_it_is_seen_to_answer(opened, spawner):
         "routespec": "/user/ada/", "target": server.target, "data": {"user": "ada", "server_name": ""}}}
 
 
-def test_a_server_that_does_not_answer_is_starting_until_its_time_is_over(opened, spawner, pass_time):
-    spawner.answers = False
-    server = server_of(opened)
-    opened.servers.start(server)
-    pass_time(opened.settings.start_timeout - 1)
-    assert opened.servers.observe(server).status == "spawning"
-    pass_time(2)
-    assert opened.servers.observe(server).status == "stopped"
-    assert server.failure == "The server did not answer within 60 seconds" + LOG_TAIL
+def test_a_server_that_does_not_answer_is_starting_until_its_time_is_over(make_hub, spawner, pass_time):
+    spawner.answers, hub = False, people(make_hub(start_timeout=0.2))
+    with hub.store.connected():
+        server = server_of(hub)
+        hub.servers.start(server)
+        hub.tick()
+        pass_time(7200)  # somebody has set the clock, or no worker was there to look
+        assert hub.servers.observe(server).status == "spawning"
+        wait_for(lambda: hub.tick() and server_of(hub).status == "stopped")
+        assert server_of(hub).failure == "The server did not answer within 0.2 seconds" + LOG_TAIL
     assert not spawner.running
 
 
@@ -3713,7 +3642,7 @@ def raising(*args, **options):
     raise ConnectionError("the engine does not answer")
 
 
-def test_a_spawner_that_cannot_tell_spoils_nothing(opened, spawner, root, pass_time, monkeypatch):
+def test_a_spawner_that_cannot_tell_spoils_nothing(opened, spawner, root, monkeypatch):
     ready, starting, stopping = running(opened, "ada"), server_of(opened, "bob"), running(opened, "root")
     spawner.stubborn, spawner.answers = True, False
     opened.servers.start(starting)
@@ -3723,9 +3652,8 @@ def test_a_spawner_that_cannot_tell_spoils_nothing(opened, spawner, root, pass_t
     assert [len(model["servers"]) for model in root("GET", "/users").json] == [1, 1, 1] and opened.tick()
     statuses = [opened.servers.observe(row).status for row in (ready, starting, stopping)]
     assert statuses == ["ready", "spawning", "stopping"]
-    pass_time(61)
-    assert (opened.servers.observe(starting).status, starting.failure) == (
-        "stopped", "The server did not answer within 60 seconds")
+    opened.servers.life_cycle.give_up(starting)
+    assert (starting.status, starting.failure) == ("stopped", "The server did not answer within 60 seconds")
     monkeypatch.undo()
     spawner.end_all()
     assert opened.servers.observe(stopping).status == "stopped"
@@ -3819,14 +3747,14 @@ def test_a_start_that_was_given_up_meanwhile_leaves_no_process(opened, spawner, 
 
 
 def test_a_stale_copy_of_a_row_ends_no_server_that_runs(make_hub, spawner):
-    hub = people(make_hub(start_timeout=0))
+    hub = people(make_hub())
     with hub.store.connected():
         server = server_of(hub)
         hub.servers.start(server)
         stale = server_of(hub)
         assert (hub.servers.observe(server).status, stale.status) == ("ready", "spawning")
-        stale.target = f"http://127.0.0.1:{minihub.free_port()}"
-        assert hub.servers.observe(stale).status == "ready" and len(spawner.running) == 1
+        hub.servers.life_cycle.give_up(stale)
+        assert stale.status == "ready" and len(spawner.running) == 1
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
@@ -4079,8 +4007,7 @@ def test_no_server_starts_for_a_user_who_is_deleted_or_renamed_meanwhile(opened,
 
 def tick_all(hub):
     """A round in which all jobs are due."""
-    for job in hub.ticker.jobs:
-        job.due = 0
+    hub.ticker.due = dict.fromkeys(hub.ticker.due, 0)
     assert hub.tick()
 
 
@@ -4336,9 +4263,7 @@ def test_a_start_against_the_end_of_a_name_ends_with_one_of_them(crowd, method, 
 DAWDLING_SPAWNER = """
 import time
 import minihub
-
-class Spawner(minihub.SubprocessSpawner):
-    pass
+from minihub import SubprocessSpawner as Spawner
 
 hold = minihub.People.hold
 minihub.People.hold = lambda self, user: time.sleep(0.02) or hold(self, user)
@@ -4399,19 +4324,20 @@ import minihub
 if Path("slow").exists():
     minihub.INTERRUPTED_AFTER = 1
 
+def dawdle():
+    if not Path("slow").exists():
+        Path("slow").touch()
+        time.sleep(60)
+
 class Before(minihub.SubprocessSpawner):
     def start(self, server):
-        if not Path("slow").exists():
-            Path("slow").touch()
-            time.sleep(60)
+        dawdle()
         return super().start(server)
 
 class After(minihub.SubprocessSpawner):
     def start(self, server):
         state = super().start(server)
-        if not Path("slow").exists():
-            Path("slow").touch()
-            time.sleep(60)
+        dawdle()
         return state
 """
 
@@ -4781,13 +4707,9 @@ def test_other_pages_do_not_write_by_cookie(hub, browser, given):
     browser.api("DELETE", "/users/ada/server", status=403, X_XSRFToken=given, Referer=OWN_PAGE)
 
 
-def test_a_wrong_token_does_not_keep_a_cookie_from_counting(browser):
-    assert browser.api("GET", "/user", Referer=OWN_PAGE, Authorization="token wrong").json["name"] == "ada"
-
-
-def test_a_good_token_takes_precedence_over_a_cookie(hub, browser):
-    headers = {"Authorization": f"token {token_for(hub, 'bob')}"}
-    assert browser.api("GET", "/user", Referer=OWN_PAGE, **headers).json["name"] == "bob"
+def test_a_good_token_takes_precedence_over_a_cookie_and_a_wrong_one_does_not(hub, browser):
+    for token, name in ((token_for(hub, "bob"), "bob"), ("wrong", "ada")):
+        assert browser.api("GET", "/user", Referer=OWN_PAGE, Authorization=f"token {token}").json["name"] == name
 
 
 def test_a_cookie_ends_after_two_weeks(browser, pass_time):
@@ -4845,10 +4767,6 @@ def test_nobody_gets_in(hub, method, pattern):
         assert (response.status_int, urlsplit(response.location).path) == (302, "/hub/login")
         back = {"next": [example_path(pattern)]} if method == "GET" else {}  # a form that was sent is not sent again
         assert parse_qs(urlsplit(response.location).query) == back
-
-
-def test_the_list_of_open_paths_names_only_existing_ones():
-    assert OPEN_TO_ALL.keys() <= set(responders())
 
 
 @pytest.mark.parametrize(("method", "pattern"), [
@@ -5089,7 +5007,7 @@ def test_an_error_inside_tells_nothing(hub, root, monkeypatch):
 def test_an_admin_sees_everybody_with_their_servers(opened, root, spawner):
     running(opened, "ada"), running(opened, "ada", "gpu")
     spawner.answers = False
-    opened.servers.start(server_of(opened, "bob"), {"cpu": 2}, keep_options=False)
+    opened.servers.start(server_of(opened, "bob"), {"cpu": 2})
     states = [{"target": Like("http://.*"), "launch": launch.id} for launch in spawner.launches]
     assert root("GET", "/users").json == [
         user("root", admin=True, servers={}, last_activity=MOMENT),
@@ -5171,16 +5089,6 @@ def test_a_user_is_changed(root, changes, changed):
     expected = user("ada", **{"auth_state": None, **changed})
     assert root("PATCH", "/users/ada", changes).json == expected
     assert root("GET", f"/users/{expected['name']}").json == {**expected, "servers": {}}
-
-
-def test_a_user_is_deleted_with_the_servers_and_the_name_is_free(root, ada, spawner):
-    root("POST", "/users/ada/server", status=201)
-    root("POST", "/users/ada/servers/gpu", status=201)
-    spawner.stubborn = True
-    assert root("DELETE", "/users/ada", status=204).body == b""
-    assert root("GET", "/users/ada", status=404).json == error(404, "No such user: ada")
-    ada("GET", "/user", status=403)
-    assert root("POST", "/users/ada", status=201).json == user("ada")
 
 
 def test_groups_are_created_all_or_none_listed_and_deleted(root):
@@ -5664,7 +5572,8 @@ def link_of(hub, name):
 
 AUTHORIZE = "/hub/api/oauth2/authorize?client_id=jupyterhub-user-bob&response_type=code"
 FORMS = [("/hub/spawn/ada", {}), ("/hub/stop/bob", {}), ("/hub/delete/bob/project", {}), ("/hub/token", {"note": "x"}),
-         ("/hub/token", {"revoke": "a1"}), ("/hub/admin", {"names": "eve"}), (AUTHORIZE, {})]
+         ("/hub/token", {"revoke": "a1"}), ("/hub/admin", {"names": "eve"}), (AUTHORIZE, {}),
+         ("/hub/admin/link/ada", {})]
 
 
 @pytest.fixture
@@ -5686,21 +5595,15 @@ def facts_of(hub):
 
 
 @pytest.mark.parametrize("path, fields", FORMS)
-def test_a_form_of_the_hubs_own_pages_does_what_it_says(class_at_work, path, fields):
-    browser = Browser(class_at_work, "root")
-    before = facts_of(class_at_work)
-    browser.post(path, {"_xsrf": browser.xsrf, **fields}, status=(200, 302, 303))
-    assert facts_of(class_at_work) != before
-
-
-@pytest.mark.parametrize("path, fields", [*FORMS, ("/hub/admin/link/ada", {})])
-def test_a_form_of_another_site_changes_nothing(class_at_work, path, fields):
+def test_a_form_works_on_the_hubs_own_pages_and_on_no_other_site(class_at_work, path, fields):
     browser, anothers = Browser(class_at_work, "root"), Browser(class_at_work, "ada").xsrf
     before = facts_of(class_at_work)
     for forged in ({}, {"_xsrf": "0" * 64}, {"_xsrf": "é"}, {"_xsrf": anothers}):
         response = browser.post(path, {**fields, **forged}, status=403)
         assert "Go back, reload it and try again" in alert_of(response)[0]
     assert facts_of(class_at_work) == before
+    browser.post(path, {**fields, "_xsrf": browser.xsrf}, status=(200, 302, 303))
+    assert (facts_of(class_at_work) == before) == ("/link/" in path)  # links are signed, not stored
 
 
 def test_an_xsrf_token_ends_with_the_session(browser):
@@ -5753,7 +5656,7 @@ def test_every_field_has_a_label_and_every_button_a_word(any_page):
 
 
 def test_every_link_and_form_stays_below_the_mount_point(any_page):
-    urls = [element[key] for key in ("href", "action", "src", "data-events", "data-next") for element in
+    urls = [element[key] for key in ("href", "action", "src", "data-events") for element in
             any_page.html.select(f"[{key}]")]
     assert urls and not [url for url in urls if not url.startswith("/lab/")]
 
@@ -6100,12 +6003,6 @@ def submit_password(browser, link, password="a new password", again=None, status
     return form.submit(status=status)
 
 
-def test_a_sign_in_link_gives_a_password_and_signs_in(hub):
-    browser = Browser(hub)
-    assert submit_password(browser, link_of(hub, "ada")).location == "/hub/home" and browser.is_signed_in()
-    assert Browser(hub).sign_in("ada", "a new password").headers["Location"] == "/hub/home"
-
-
 def test_a_new_password_ends_sign_in_links_and_sessions(hub, browser, pass_time):
     link = link_of(hub, "ada")
     form = Browser(hub).get(link).form
@@ -6177,12 +6074,11 @@ def test_home_offers_what_can_be_done_to_a_server(make_hub, spawner, status, wor
 def test_start_leads_through_the_waiting_page_into_the_server(hub, browser, spawner):
     spawner.answers = False
     pending = browser.get("/hub/spawn/ada").form.submit(status=303)
-    assert [response.location for response in (pending, browser.get("/hub/spawn", status=302))] == [
-        "/hub/spawn-pending/ada"] * 2
-    waiting = pending.follow(status=200)
-    assert waiting.html.h1.text == "Your server is starting"
-    assert waiting.html.select_one("#progress")["data-events"] == "/hub/api/users/ada/server/progress"
-    assert waiting.html.noscript.meta["http-equiv"] == "refresh"
+    assert pending.location == "/hub/spawn-pending/ada"
+    for waiting in (pending.follow(status=200), browser.get("/hub/spawn", status=200)):
+        assert waiting.html.h1.text == "Your server is starting"
+        assert waiting.html.select_one("#progress")["data-events"] == "/hub/api/users/ada/server/progress"
+        assert waiting.html.noscript.meta["http-equiv"] == "refresh"
     with hub.store.connected():
         minihub.Server.update(target=f"{spawner.address}/here").where(minihub.Server.status == "spawning").execute()
     assert [response.location for response in (pending.follow(status=302), browser.get("/hub/spawn", status=302))] == [
@@ -6300,10 +6196,6 @@ def test_the_address_of_a_stopped_server_begins_a_session_for_its_form(make_hub)
     browser = Browser(make_hub(authenticator="remote-user"), REMOTE_USER="ada")
     page = browser.get("/hub/user/ada/lab", status=503)
     assert page.form.submit(status=303).headers["Location"] == "/hub/spawn-pending/ada?next=%2Fuser%2Fada%2Flab"
-
-
-def test_the_address_of_anothers_stopped_server_leads_to_the_users_own(hub):
-    assert Browser(hub, "bob").get("/hub/user/ada/lab", status=302).headers["Location"] == "/user/bob/lab"
 
 
 @pytest.mark.parametrize("base_url, mount", [("/", ""), ("/\u00fcben/", "/%C3%BCben")])
@@ -6667,8 +6559,9 @@ def test_names_cannot_be_html(teacher):
 
 
 def test_a_lost_password_is_replaced_through_a_new_link(hub, teacher):
-    response = form_to(teacher.get("/hub/admin"), "/hub/admin/link/ada").submit(status=200)
-    submit_password(Browser(hub), urlsplit(response.html.code.text).path)
+    browser, response = Browser(hub), form_to(teacher.get("/hub/admin"), "/hub/admin/link/ada").submit(status=200)
+    submit_password(browser, urlsplit(response.html.code.text).path)
+    assert browser.is_signed_in()
     assert Browser(hub).sign_in("ada", "a new password").headers["Location"] == "/hub/home"
 
 
@@ -6704,68 +6597,33 @@ def test_the_people_page_is_for_admins(hub, browser, method, path):
 ########################################################################################################
 
 
-class Uses(ast.NodeVisitor):
-    """The names that code reads and has not bound itself, each with its line; annotations are left out."""
-
-    def __init__(self):
-        self.names, self.local = [], []
-
-    def visit_FunctionDef(self, node):
-        for child in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)):
-            self.visit(child)
-        self.visit_body(node, node.body)
-
-    def visit_Lambda(self, node):
-        self.visit_body(node, [node.body])
-
-    def visit_body(self, node, body):
-        arguments = [child.arg for child in ast.walk(node) if isinstance(child, ast.arg)]
-        self.local.append({*arguments, *assigned_in(node)})
-        for child in body:
-            self.visit(child)
-        self.local.pop()
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_AnnAssign(self, node):
-        if node.value:
-            self.visit(node.value)
-
-    def visit_Name(self, node):
-        if isinstance(node.ctx, ast.Load) and not any(node.id in bound for bound in self.local):
-            self.names.append((node.id, node.lineno))
+def names_read(table):
+    """The names that code reads and has not bound itself, of its symbol table; annotations are left out."""
+    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    return names.union(*map(names_read, table.get_children()))
 
 
-def assigned_in(tree):
-    """The names to which code assigns."""
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+def symbols_of(statement):
+    """The symbol table of a statement of the module."""
+    return symtable.symtable(f"from __future__ import annotations\n{ast.unparse(statement)}", "minihub.py", "exec")
 
 
 TREE = ast.parse(SOURCE)
-USES = Uses()
-USES.visit(TREE)
 SECTIONS = [section for _, section in banners_of(SOURCE)]
-
-
-def bound_names():
-    """The section of each name that the module binds at its top level."""
-    sections = {}
-    for node in TREE.body:
-        is_definition = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        for name in [node.name] if is_definition else assigned_in(node):
-            sections.setdefault(name, section_of(node.lineno, SOURCE))
-    return sections
+TABLES = [(symbols_of(node), section_of(node.lineno, SOURCE)) for node in TREE.body[1:]]
+USES = [(name, section) for table, section in TABLES for name in names_read(table)]
+BOUND = {symbol.get_name(): section for table, section in TABLES for symbol in table.get_symbols()
+         if symbol.is_assigned()}
 
 
 def test_a_section_uses_only_sections_above_it():
-    bound = bound_names()
-    below = [(name, line) for name, line in USES.names if bound.get(name, 0) > section_of(line, SOURCE)]
-    assert bound["Hub"] == 20 and below == []
+    below = [(name, section) for name, section in USES if BOUND.get(name, 0) > section]
+    assert BOUND["Hub"] == 20 and below == []
 
 
 def test_a_name_with_an_underscore_is_used_in_its_own_section_only():
-    private = {name: section for name, section in bound_names().items() if re.match("_[a-zA-Z]", name)}
-    elsewhere = [(name, line) for name, line in USES.names if private.get(name) not in (None, section_of(line, SOURCE))]
+    private = {name: section for name, section in BOUND.items() if re.match("_[a-zA-Z]", name)}
+    elsewhere = [(name, section) for name, section in USES if private.get(name) not in (None, section)]
     assert private and elsewhere == []
 
 
@@ -6776,7 +6634,7 @@ def sections_using(*modules):
         for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
             if (getattr(node, "module", None) or alias.name).partition(".")[0] in modules:
                 names.add(alias.asname or alias.name.partition(".")[0])
-    return {section_of(line, SOURCE) for name, line in USES.names if name in names}
+    return {section for name, section in USES if name in names}
 
 
 @pytest.mark.parametrize(("modules", "sections"), [
@@ -6790,8 +6648,8 @@ def test_rows_are_read_and_written_by_collaborators_only():
     queries = {"select", "insert", "where", "execute", "save", "delete_instance", "get_or_none", "execute_sql"}
     models = {model.__name__ for model in minihub.MODELS}
     lines = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr in queries]
-    lines += [line for name, line in USES.names if name in models]
-    assert lines and {section_of(line, SOURCE) for line in lines} <= set(range(4, 14))
+    sections = {section for name, section in USES if name in models}
+    assert lines and sections and {*sections, *(section_of(line, SOURCE) for line in lines)} <= set(range(4, 14))
 
 
 def test_the_environment_is_read_in_the_settings_only():
@@ -7144,21 +7002,10 @@ def test_two_hubs_in_one_site_share_nothing(make_hub):
     site.get("/other/hub/api/user", headers=token, status=403)
     other.create_users(["eve"])
     with one.store.connected(), other.store.connected():
-        assert (other.routes.proxy.get_all_routes(), other.servers.running()) == ({}, {})
+        assert (other.routes.proxy.get_all_routes(), other.servers.running()) == ({}, [])
         assert other.people.get("eve") and other.store.secret != one.store.secret
     with one.store.connected():
         assert one.people.get("eve") is None
-
-
-@pytest.mark.parametrize(("setting", "kind"), [
-    ("spawner", minihub.SubprocessSpawner), ("proxy", minihub.EmbeddedProxy),
-    ("authenticator", minihub.PasswordAuthenticator)])
-def test_two_hubs_never_share_a_hook_object(make_hub, setting, kind):
-    hook = kind()
-    first = make_hub(**{setting: hook}, cmd="first")
-    with pytest.raises(minihub.SettingError, match=f"^{setting}: must be an object of its own"):
-        make_hub(**{setting: hook}, cmd="second")
-    assert hook.settings is first.settings and first.settings.cmd == "first"
 
 
 def test_routes_of_an_embedded_proxy_are_ignored_when_there_is_another(make_hub, tmp_path):
@@ -7185,7 +7032,7 @@ def test_where_the_hub_is_mounted_is_not_a_clients_to_choose(live):
     before = hub.facts("mount")
     answer = hub.request("GET", "/evil/hub/api/user", headers={"SCRIPT_NAME": "/evil"})
     assert (answer.status, json.loads(answer.body)["message"]) == (
-        400, "The header SCRIPT_NAME is not believed. To have the hub below a path, set MINIHUB_BASE_URL")
+        400, "The header SCRIPT_NAME is not believed. Set MINIHUB_BASE_URL for a hub below a path")
     assert hub.facts("mount") == before == {"base": "/", "address": hub.url}
 
 
@@ -7317,7 +7164,7 @@ def statements_of(statements, api, *request):
     return statements
 
 
-@pytest.mark.parametrize(("path", "count"), [("/user", 2), ("/users/ada", 2), ("/users", 4)])
+@pytest.mark.parametrize(("path", "count"), [("/user", 1), ("/users/ada", 2), ("/users", 4)])
 def test_hot_paths_take_few_queries_however_many_users_there_are(hub, root, statements, path, count):
     hub.create_users([f"student{number}" for number in range(200)])
     assert len(statements_of(statements, root, "GET", path)) == count
@@ -7343,28 +7190,6 @@ def test_a_kernel_lives_on_over_the_end_of_the_whole_hub(live):
     hub.start()
     kernels = json.loads(hub.request("GET", "/user/ada/api/kernels", headers=header).body)
     assert [found["id"] for found in kernels] == [kernel]
-
-
-@pytest.mark.parametrize(("scheme", "secure_socket", "spoken"), [
-    ("http", None, "http"), ("https", None, "https"), ("http", False, "http"), ("https", False, "http"),
-    ("https", True, "https")])
-def test_servers_reach_the_hub_over_tls_where_that_is_what_it_speaks(scheme, secure_socket, spoken):
-    environ = request_environ(SERVER_NAME="127.0.0.1", SERVER_PORT="8443", **{"wsgi.url_scheme": scheme})
-    with socket.create_server(("127.0.0.1", 0)) as plain:
-        context = ssl.create_default_context()
-        with context.wrap_socket(socket.socket(), server_hostname="x", do_handshake_on_connect=False) as tls:
-            if secure_socket is not None:
-                environ["gunicorn.socket"] = tls if secure_socket else plain
-            assert minihub.host_of(environ).own_address == f"{spoken}://127.0.0.1:8443"
-
-
-@pytest.mark.parametrize(("more", "address"), [
-    ({"uwsgi.version": b"2.0", "wsgi.url_scheme": "https"}, "http://127.0.0.1:8000"),
-    ({"uwsgi.version": b"2.0", "HTTPS": "on"}, "https://127.0.0.1:8000"),
-    *[({"mod_wsgi.version": (6, 1), "mod_wsgi.listener_host": host, "mod_wsgi.listener_port": "80"}, address)
-      for host, address in (("", "http://127.0.0.1:80"), ("10.0.0.5", "http://10.0.0.5:80"))]])
-def test_servers_reach_the_hub_where_the_host_listens_not_where_a_client_says(uwsgi, more, address):
-    assert minihub.host_of(request_environ(SERVER_NAME="school.example", **more)).own_address == address
 
 
 @pytest.mark.parametrize("kind", [InUWSGI, InModWSGI])
@@ -7453,19 +7278,10 @@ Listen 127.0.0.1:{port}
 @pytest.fixture(scope="module")
 def below_lab(tmp_path_factory):
     """A gunicorn with ada's echo server, below /lab; in its folder is the certificate for a web server in front."""
-    folder = tmp_path_factory.mktemp("lab")
+    folder, kind = tmp_path_factory.mktemp("lab"), type("BelowLab", (LiveHub,), {"prefix": "/lab"})
     make_certificate(folder)
-    command = f"{sys.executable} {folder / 'echo.py'}"
-    hub = LiveHub(folder, authenticator="dummy", password=PASSWORD, base_url="/lab/", cmd=command)
-    hub.prefix = "/lab"
-    (folder / "echo.py").write_text(ECHO_SERVER)
-    try:
-        hub.start()
-        hub.command("link", "ada")
-        hub.start_server("ada", hub.command("token", "ada"))
+    with carrying(folder, kind=kind, authenticator="dummy", password=PASSWORD, base_url="/lab/") as hub:
         yield hub
-    finally:
-        hub.stop_all()
 
 
 @pytest.fixture(scope="module", params=WEB_SERVERS)
@@ -7807,10 +7623,10 @@ def test_a_link_can_make_an_admin(command, its_hub):
 
 def test_the_command_line_makes_a_token(command, its_hub):
     command("link", "ada")
-    status, token, complaint = command("token", "ADA", "--note", "for the backup")
+    status, token, complaint = command("token", "ADA")
     assert (status, token, complaint) == (0, SECRET, "")
     made, = Api(its_hub, token)("GET", "/users/ada/tokens").json["api_tokens"]
-    assert made["note"] == "for the backup"
+    assert made["note"] == "Requested on the command line"
 
 
 def test_the_command_line_leaves_the_services_and_admins_of_the_hub_alone(command, make_hub, tmp_path):
