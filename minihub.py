@@ -103,8 +103,7 @@ SERVER_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.~-]{0,61}[A-Za-z0-9])?")  #
 class Settings:
     """The settings of a hub: keywords of `Hub(...)`, or `MINIHUB_*` variables of `minihub.app`.
 
-    Durations are in seconds. Paths are relative to the folder the hub is started in. Raises SettingError.
-    """
+    Durations are in seconds. Paths are relative to the folder the hub is started in. Raises SettingError."""
 
     database: str = "sqlite:///minihub.sqlite"  # a peewee database URL; sqlite:///:memory: ends with the process
     admins: tuple[str, ...] = ()                # users who are admins as soon as they exist
@@ -113,7 +112,7 @@ class Settings:
     remote_user_variable: str = "REMOTE_USER"   # remote-user: the WSGI variable with the name of the site's user
     identify: Callable[..., Any] | None = None  # remote-user: instead, a function that gets the WSGI environment
     login_url: str = ""                         # remote-user: the site's sign-in page, which gets ?next=
-    logout_url: str = ""                        # remote-user: where people go after they have signed out of the hub
+    logout_url: str = ""                        # where people go after they have signed out of the hub
     spawner: Any = "subprocess"                 # subprocess | package.module:Class | an object
     proxy: Any = "embedded"                     # embedded | chp | package.module:Class | an object
     services: tuple[dict, ...] = ()             # as JupyterHub's c.JupyterHub.services; in the environment a JSON list
@@ -534,7 +533,6 @@ def host_label(name: str) -> str:
 # 4. Models and the store
 ########################################################################################################
 
-
 class CurrentDatabase(pw.DatabaseProxy):
     """The database of the hub at work in this thread, so that several hubs can share one process."""
     current: contextvars.ContextVar[pw.Database | None] = contextvars.ContextVar("minihub_database", default=None)
@@ -918,7 +916,6 @@ def best_effort() -> Iterator[None]:
 # 5. Authenticators
 ########################################################################################################
 
-
 class Authenticator:
     """How users prove who they are. Subclasses must implement `authenticate`, or `identify`, or both; they run inside
     a request, with the database open."""
@@ -981,7 +978,6 @@ AUTHENTICATORS = {
 # 6. Spawners
 ########################################################################################################
 
-
 @dataclass(frozen=True)
 class Launch:
     """One start of a server, as a spawner gets it."""
@@ -999,8 +995,7 @@ class Spawner:
 
     The only memory between calls is `state`, a JSON dict of the spawner's choosing with at least `target`, the
     http://host:port where the server will answer: any worker must be able to poll or stop a server that another one has
-    started. An exception makes the start fail with its text.
-    """
+    started. An exception makes the start fail with its text."""
     settings: Settings | None = None  # the hub sets it before the first call
 
     def check(self) -> None:
@@ -1148,8 +1143,7 @@ def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None 
     """Run a command in a session of its own, and return the state by which any worker can find it. Raises OSError.
 
     `run` is the path, without a suffix, of the files about it: .pid (with the `note` in it) and .exit. Its log is at
-    the same path up to the @. With a `beat` it ends soon after that file is no longer touched.
-    """
+    the same path up to the @. With a `beat` it ends soon after that file is no longer touched."""
     if sys.platform != "linux":
         raise OSError(f"processes can be supervised on Linux only, not on {sys.platform}")
     log_file = log_of(run)
@@ -1879,8 +1873,7 @@ class Handover:
     """A client's connection that has been taken over; iterated over, it is the empty response of the WSGI server.
 
     The server goes on with one end of a socket pair. Once the pair is closed, `wsgi.input` gives just the bytes it had
-    buffered, and writing fails as if the client had gone, so no request pipelined behind this one is served.
-    """
+    buffered, and writing fails as if the client had gone, so no request pipelined behind this one is served."""
 
     def __init__(self, environ: dict[str, Any], number: int):
         self._input = environ["wsgi.input"]
@@ -1977,8 +1970,7 @@ class Proxy:
     """Where requests for servers go. Subclasses must implement `add_route`, `delete_route` and `get_all_routes`.
 
     A prefix begins and ends with a slash (JupyterHub calls it routespec) and is percent-encoded, as URLs are. The hub
-    sets `settings`, its `store` and its `splicer` before the first call.
-    """
+    sets `settings`, its `store` and its `splicer` before the first call."""
 
     settings: Settings | None = None
     store: Store
@@ -2133,7 +2125,6 @@ PROXIES = {"embedded": EmbeddedProxy, "chp": ConfigurableHTTPProxy}
 ########################################################################################################
 # 9. The site and its people
 ########################################################################################################
-
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8000"  # gunicorn's
 
@@ -2342,8 +2333,7 @@ class People:
                     raise BadRequest(f"Stop the servers of {user.name} before giving them another name")
         except pw.IntegrityError:
             raise BadRequest(f"User {changes['name']} already exists, username must be unique") from None
-        for key, value in changes.items():
-            setattr(user, key, value)
+        user.__data__.update(changes)
         if changes:
             log.info("user %s changed: %s", user.name, ", ".join(changes))
 
@@ -2515,7 +2505,6 @@ class Groups:
 ########################################################################################################
 # 10. Tokens and OAuth
 ########################################################################################################
-
 
 @dataclass
 class Identity:
@@ -2746,8 +2735,7 @@ class Passage:
     """Keeps the cookies of the hub and of the site from users' servers, and tokens that they could use elsewhere.
 
     A hub token is exchanged for one that is good for this server only, or taken out where its owner may not enter.
-    A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant for it.
-    """
+    A service is the admin's own program: it gets the tokens it is sent, and the cookie that is meant for it."""
 
     def __init__(self, settings: Settings, tokens: Tokens, has_form: bool):
         self.settings, self.tokens, self.has_form = settings, tokens, has_form
@@ -3045,14 +3033,6 @@ class Routes:
         if isinstance(self.proxy, ConfigurableHTTPProxy):
             self.proxy.stop_running()
 
-    def listing(self) -> dict[str, dict[str, Any]]:
-        """The proxy's routes, with the hub's record of activity where the proxy keeps none. Raises Unavailable."""
-        routes = self.proxy.get_all_routes()
-        active = {server.prefix: server.last_activity for server in Server.select().where(Server.status == "ready")}
-        for prefix, route in routes.items():
-            route["data"].setdefault("last_activity", isoformat(active.get(prefix)))
-        return routes
-
 
 class LifeCycle:
     """The transitions of a server, each one guarded UPDATE of its row: who changes no row has lost a race."""
@@ -3271,10 +3251,9 @@ class Servers:
 
     def find(self, user: User, name: str) -> Server:
         """The user's server of that name. Raises NotFound."""
-        server = self.get(user, name)
-        if server is None:
-            raise NotFound(f"{user.name} has no server named '{name}'")
-        return server
+        if server := self.get(user, name):
+            return server
+        raise NotFound(f"{user.name} has no server named '{name}'")
 
     def get_or_plan(self, user: User, name: str) -> Server:
         """The user's server of that name, or what it would be: its row is made by its start. Raises BadRequest."""
@@ -3340,7 +3319,7 @@ class Servers:
 
     def observe_pending(self) -> None:
         """Look at all servers that are on their way from one state to another, at all at once. Gives up starts that
-        this worker has watched for too long, by a clock that nobody sets and that stands still while a laptop sleeps."""
+        this worker has watched for too long, by a clock that nobody sets, and that stops while a laptop sleeps."""
         servers, moment = _servers(Server.status.in_(list(PENDING))), time.monotonic()
         self._watched = {server.launch: self._watched.get(server.launch, moment) for server in servers}
         self._look_at(servers, PROBE_SECONDS)
@@ -3454,10 +3433,9 @@ class Services:
 
     def find(self, name: str) -> Service:
         """The service of that name. Raises NotFound."""
-        service = Service.get_or_none(Service.name == storable(name))
-        if service is None:
-            raise NotFound(f"No such service: {name}")
-        return service
+        if service := Service.get_or_none(Service.name == storable(name)):
+            return service
+        raise NotFound(f"No such service: {name}")
 
     def supervise(self) -> None:
         """Start the services with a command that do not run, with exponential backoff if they die at once."""
@@ -4153,7 +4131,7 @@ class ProxyResource(Resource):
 
     @falcon.before(needs_admin)
     def on_get(self, req, resp):
-        resp.media = self.routes.listing()
+        resp.media = self.routes.proxy.get_all_routes()
 
     @falcon.before(needs_admin)
     def on_post(self, req, resp):
@@ -4298,7 +4276,6 @@ def is_deeper(value: Any, levels: int) -> bool:
 ########################################################################################################
 # 16. The skeleton of pages
 ########################################################################################################
-
 
 class Page(Resource):
     """The base of pages: HTML for people, with forms that work without JavaScript."""
@@ -4523,17 +4500,12 @@ class OAuthTokenResource(Resource):
 # 18. Pages of students
 ########################################################################################################
 
-
 class RootPage(Resource):
     """`/`, `/hub` and `/hub/`."""
 
     def on_get(self, req, resp):
         """Open to all: leads to the hub's pages."""
-        raise Redirect(req.visit.page("") + target_below(req.env, "/"))
-
-    def on_get_bare(self, req, resp):
-        """Open to all: adds the slash."""
-        raise Redirect(req.visit.page("") + target_below(req.env, "/hub"), status=301)
+        raise Redirect(req.visit.page("") + target_below(req.env, req.path))
 
     @falcon.before(needs_login)
     def on_get_hub(self, req, resp):
@@ -5029,7 +5001,7 @@ PATTERNS = (
     (API + "/oauth2/token", OAuthTokenResource, None),
     (API + "/shutdown", ShutdownResource, None),
     ("/", RootPage, None),
-    ("/hub", RootPage, "bare"),
+    ("/hub", RootPage, None),
     ("/hub/", RootPage, "hub"),
     ("/hub/login", LoginPage, None),
     ("/hub/logout", LogoutPage, None),
@@ -5382,7 +5354,6 @@ def __getattr__(name):
 ########################################################################################################
 # 21. Command line
 ########################################################################################################
-
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m minihub`: an admin's commands at the machine itself, with the `MINIHUB_*` variables of the hub."""
