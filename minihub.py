@@ -2620,16 +2620,17 @@ class Tokens:
 
     def find(self, user: User, public_id: str) -> Token:
         """The user's token by the id the API gives it, `a1` or `o1`. Raises NotFound."""
-        for token in self.of(user):
+        is_it = Token.id == (int(public_id[1:]) if re.fullmatch("[ao][0-9]{1,18}", public_id) else 0)
+        for token in self.of(user, is_it):
             if public_id == f"{'o' if token.client_id else 'a'}{token.id}":
                 return token
         raise NotFound(f"No such token {public_id} for user {user.name}")
 
-    def of(self, user: User) -> list[Token]:
+    def of(self, user: User, *conditions: pw.Expression) -> list[Token]:
         """The user's tokens that are still good, least recently used first."""
         good = (Token.user == user) & (Token.expires_at.is_null() | (Token.expires_at > now()))
         query = Token.select(Token, User, OAuthClient).join(User).switch(Token).join(OAuthClient, pw.JOIN.LEFT_OUTER)
-        return list(query.where(good).order_by(pw.fn.COALESCE(Token.last_activity, Token.created)))
+        return list(query.where(good, *conditions).order_by(pw.fn.COALESCE(Token.last_activity, Token.created)))
 
     def delete(self, token: Token) -> None:
         """Revoke a token; an OAuth token goes with all of the user's for the same client."""
