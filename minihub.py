@@ -6,7 +6,7 @@ provider, and has the pages people click. Run it with `gunicorn minihub:app`, or
 Contents:
 
    1 imports                               2 settings                  3 errors, time, secrets, names
-   4 models and the store                  5 authenticators            6 spawners
+   4 models and the store                  5 authenticators and isolation  6 spawners
    7 HTTP/1.1, and carrying connections    8 WSGI hosts and proxies    9 the site and its people
   10 tokens and OAuth                     11 signing in               12 servers and routes
   13 services and the ticker              14 visits: who is asking    15 REST resources
@@ -22,31 +22,46 @@ Each section uses only sections above it; inside a section the caller comes firs
 
 from __future__ import annotations
 
-import argparse
+# The carrier, whose program is section 7, imports these, too.
 import asyncio
-import base64
 import contextlib
-import contextvars
 import dataclasses
+import logging
+import marshal
+import os
+import re
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+# The carrier does without these.
+import argparse
+import base64
+import contextvars
+import errno
 import functools
 import hashlib
 import hmac
 import html
 import http.client
+import inspect
 import ipaddress
 import itertools
 import json
-import logging
+import linecache
 import math
-import os
 import pkgutil
-import re
 import secrets
-import selectors
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import ssl
 import stat
@@ -54,28 +69,26 @@ import string
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import unicodedata
 import warnings
 import weakref
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, get_type_hints
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import falcon
 import itsdangerous
 import peewee as pw
-from playhouse.db_url import connect as database_from_url
+from playhouse.db_url import connect as database_from_url, parse as parameters_of_url
 
 try:
+    import fcntl
+    import grp
+    import pwd
     import resource
+    import termios
 except ImportError:  # Windows
-    resource = None
+    fcntl = grp = pwd = resource = None
 
 __version__ = "0.2.0"
 __all__ = ["Hub", "Settings", "SettingError", "HubError", "BadRequest", "NotFound", "Conflict", "TooMany",
@@ -117,6 +130,13 @@ class Settings:
     proxy: Any = "embedded"                     # embedded | chp | package.module:Class | an object
     services: tuple[dict, ...] = ()             # as JupyterHub's c.JupyterHub.services; in the environment a JSON list
     cmd: str = "jupyterhub-singleuser"          # the single-user command; {port}, {username}, {prefix} are filled in
+    cmd_has_sign_in: bool = False               # cmd asks visitors who they are, as jupyterhub-singleuser does
+    isolation: str = "auto"                     # auto | uid | bubblewrap | none: how servers are kept apart
+    first_uid: int = 70000                      # uid: users get numeric accounts above this one
+    mem_limit: str = ""                         # memory of each process of a server, such as 2G; "" = no limit
+    process_limit: int = 0                      # processes and threads of a user at the same time, 0 = no limit
+    open_file_limit: int = 0                    # files that each process of a server may open, 0 = the hub's limit
+    cpu_priority: int = 0                       # the niceness of servers, 0 to 19: the higher, the later their turn
     homes: str = "homes"                        # the folder of the users' homes
     run_dir: str = "run"                        # the folder of the servers' logs and process ids
     notebook_dir: str = ""                      # Jupyter's root folder, relative to the home; {username} is filled in
@@ -130,9 +150,9 @@ class Settings:
     site_cookies: tuple[str, ...] = SITE_COOKIES  # the site's cookies, which are withheld from users' servers
     admin_access: bool = True                   # admins may open the servers of others
     named_servers: bool = True                  # users may have named servers besides their default one
-    named_server_limit: int = 0                 # named servers per user, 0 = no limit
-    concurrent_spawn_limit: int = 100           # servers that are starting at the same time, 0 = no limit
-    active_server_limit: int = 0                # servers that are running at the same time, 0 = no limit
+    named_server_limit: int = 10                # named servers per user, 0 = no limit
+    concurrent_spawn_limit: int = 0             # servers starting at the same time; 0 = 2 per core, but at least 4
+    active_server_limit: int = 0                # servers that run, start or wait at the same time, 0 = no limit
     start_timeout: float = 60                   # a server that does not answer within this time has failed
     activity_resolution: float = 30             # how often activity of a token, server or user is written at most
     token_lifetime: float = 0                   # the longest lifetime of a new API token, 0 = no limit
@@ -177,6 +197,10 @@ class Settings:
             _parse("trusted_proxies", ipaddress.ip_network, value, "must be IP addresses or networks")
         demand(self.authenticator != "dummy" or self.password, "password",
                "must be set for the dummy authenticator, which lets in everybody who knows it", self.password)
+        demand(self.isolation in ("auto", "uid", "bubblewrap", "none"), "isolation",
+               "must be auto, uid, bubblewrap or none", self.isolation)
+        _parse("mem_limit", bytes_of, self.mem_limit, "must be a number with K, M, G or T behind it")
+        demand(self.cpu_priority <= 19, "cpu_priority", "must be 0 to 19", self.cpu_priority)
         demand(not re.match("HTTP_|$", self.remote_user_variable, re.IGNORECASE), "remote_user_variable",
                "must be a variable that the site sets, not a header that clients send", self.remote_user_variable)
         demand(not self.identify or self.authenticator not in ("password", "dummy"), "identify",
@@ -318,6 +342,12 @@ def _parse(setting, convert, value, problem):
         raise SettingError(setting, problem, value) from None
 
 
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as 512M or 1.5G; 0 for "". Raises ValueError."""
+    number, unit = (size[:-1], size[-1].upper()) if size else ("0", "K")
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+
+
 def is_address(value: str) -> bool:
     """Whether it is an absolute http or https URL."""
     try:
@@ -396,6 +426,11 @@ class NotFound(HubError):
 
 class Conflict(HubError):
     status = 409
+
+
+class TooSlow(HubError):
+    """408: the client does not send the rest of its request."""
+    status = 408
 
 
 class TooLarge(HubError):
@@ -529,6 +564,56 @@ def host_label(name: str) -> str:
     return name if re.fullmatch(r"[a-z0-9]{1,63}", name) else f"u-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
+class Deadline:
+    """How long the other end of a socket, known by its file descriptor, may keep a thread waiting: `seconds`, to be
+    extended up to `total`. Then the socket is shut, so that the read or write that waits comes to its end."""
+
+    _in_force: set[Deadline] = set()
+    _owner = 0  # the process whose thread enforces these: threads do not survive a fork
+
+    def __init__(self, number: int | None, seconds: float, total: float = math.inf):
+        self.number, self.seconds = number, seconds
+        self.inode = None if number is None else os.fstat(number).st_ino
+        self.moment, self.latest = time.monotonic() + seconds, time.monotonic() + total
+        self.unsent = 0       # bytes that the other end is to take first
+        self.is_over = False
+
+    def extend(self, seconds: float) -> None:
+        """Allow some seconds more, but from now on never more than at first."""
+        self.moment = min(self.moment + seconds, time.monotonic() + self.seconds, self.latest)
+
+    def enforce(self) -> None:
+        """Shut the socket if it is time; only for reading, if the other end would take an answer."""
+        if self.is_over or time.monotonic() < self.moment:
+            return
+        self.is_over = True
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.number)) as duplicate:
+            if os.fstat(duplicate.fileno()).st_ino == self.inode:  # else the number is another socket's by now
+                log.warning("cut off, as it keeps the hub waiting: %s", duplicate.getpeername() or "a unix socket")
+                duplicate.shutdown(socket.SHUT_RDWR if self.unsent else socket.SHUT_RD)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Within the block, a thread of this process enforces it."""
+        cls = Deadline
+        if self.number is not None and cls._owner != os.getpid():
+            cls._owner, cls._in_force = os.getpid(), set()
+            threading.Thread(target=cls._enforce_all, name="minihub-deadlines", daemon=True).start()
+        if self.number is not None:
+            cls._in_force.add(self)
+        try:
+            yield
+        finally:
+            cls._in_force.discard(self)
+
+    @classmethod
+    def _enforce_all(cls):
+        while True:
+            time.sleep(0.1)
+            for deadline in cls._in_force.copy():
+                deadline.enforce()
+
+
 ########################################################################################################
 # 4. Models and the store
 ########################################################################################################
@@ -632,9 +717,9 @@ class Server(Row):
     """A user's single-user server, the default one when `name` is empty."""
     user = pw.ForeignKeyField(User, backref="servers", on_delete="CASCADE")
     name = pw.CharField(default="")
-    status = pw.CharField(default="stopped", index=True)  # stopped -> spawning -> ready -> stopping -> stopped
+    status = pw.CharField(default="stopped", index=True)  # stopped, queued, spawning, ready, stopping, stopped
     launch = pw.CharField(default="")              # new for every start, so that stale writes about earlier ones fail
-    attempts = pw.IntegerField(default=0)
+    attempts = pw.IntegerField(default=0)          # at one start; if queued: how many starts of its user came before
     state = JSONField(null=True)
     target = pw.CharField(null=True, unique=True)  # http://host:port; unique, so that two servers never share a port
     prefix = pw.TextField(default="")
@@ -733,9 +818,16 @@ class Event(Row):
 
 SCHEMA_VERSION = 2
 MODELS = tuple(Row.__subclasses__())
-ACTIVE = ("spawning", "ready", "stopping")
-PENDING = {"spawning": "spawn", "stopping": "stop"}  # in the API's words
+SPAWN_PENDING = ("queued", "spawning")  # a server is queued until the machine has room for its start
+ACTIVE = (*SPAWN_PENDING, "ready", "stopping")
+PENDING = {"queued": "spawn", "spawning": "spawn", "stopping": "stop"}  # in the API's words
 DatabaseTrouble = (pw.OperationalError, pw.InterfaceError, pw.InternalError)  # it is gone, locked, full or read-only
+#: In the message of an OperationalError that does not pass: the setting is wrong.
+WRONG = re.compile("authentication failed|does not exist|pg_hba|not permitted|unable to open|readonly|no such|syntax")
+REPLACED = ("The file of the hub's database has been deleted or replaced while the hub was running. Put it back, or, if"
+            " that was meant, restart the hub.")
+SQLITE_WAIT, NOTE_WAIT = 15, 0.1  # seconds that a write waits for another process's, and one that may be left out
+ANSWER_WAIT, CONNECT_WAIT = 6, 4  # seconds that PostgreSQL may take for a statement, and for a connection
 Overtaken = (pw.DoesNotExist, pw.IntegrityError)  # a concurrent request has deleted the parent row
 
 
@@ -762,29 +854,43 @@ class CompiledQuery:
 
 
 class Store:
-    """The hub's database. Raises SettingError for one that cannot be used."""
+    """The hub's database. Raises SettingError for one that cannot be used; while it is only in trouble (away, locked or
+    full), connections raise DatabaseTrouble."""
 
     def __init__(self, url: str):
         self._databases: dict[int, pw.Database] = {}
         self._remove_folder: Callable[[], Any] = lambda: None
-        self._url = self._located(url) if url.startswith("sqlite:") else url
+        self._path = self._located(url) if url.startswith("sqlite:") else ""
+        self._url = f"sqlite:///{self._path}" if self._path else url
+        self._file, self._let_go = "", lambda: None  # which file is at that path, and the end of our claim to it
+        self._opening = threading.RLock()
+        self._refusal = (0.0, "")  # until when the last failure to connect holds for all threads
+        self._trouble = ""         # that was logged last
+        self._steps: list[Callable[[], Any]] = []
+        self.prepare(self._prepare_schema)
+
+    def prepare(self, step: Callable[[], Any]) -> None:
+        """Run this with the database before anything else does: now, or, if it is in trouble, once it is well."""
+        self._steps.append(step)
         try:
             with self.connected():
-                self._prepare_schema()
-                self.secret: str = self.claim_fact("cookie_secret", secrets.token_hex(32))
-        except (pw.PeeweeException, OSError, RuntimeError, ValueError, BadRequest) as error:
-            shown = re.sub(r"//.*@", "//...@", url)  # a URL can hold a password
-            raise SettingError("database", f"must be usable: {str(error).splitlines()[0]}", shown) from None
+                pass
+        except (pw.PeeweeException, RuntimeError, ValueError) as error:
+            if not isinstance(error, pw.OperationalError) or WRONG.search(str(error)):
+                problem = f"must be usable: {str(error).splitlines()[0]}"
+                shown = [re.sub(r"//.*@", "//...@", text) for text in (problem, self._url)]  # a URL can hold a password
+                raise SettingError("database", *shown) from None
+            self.note_trouble(error)
         self.disconnect()  # a fork must not inherit the connection
 
     def _located(self, url):
-        """The URL with an absolute path, as the site may change its working directory later."""
+        """The absolute path of SQLite's file, as the site may change its working directory later."""
         path = url.removeprefix("sqlite:").removeprefix("///").partition("?")[0]
         if path.endswith(":memory:"):  # a file that ends with the hub: SQLite has a memory for each thread's connection
             folder = tempfile.mkdtemp(prefix="minihub-")
             self._remove_folder = weakref.finalize(self, _remove_own_folder, folder, os.getpid())
             path = f"{folder}/memory.sqlite"
-        return f"sqlite:///{os.path.abspath(path)}"
+        return os.path.abspath(path)
 
     @property
     def database(self) -> pw.Database:
@@ -797,10 +903,56 @@ class Store:
         """Open this thread's connection, and make this database the models' one in this thread."""
         token = CurrentDatabase.current.set(self.database)
         try:
-            self.database.connect(reuse_if_open=True)
+            if self._file and self._file != inode_of(self._path):  # SQLite would go on with it, or make a new one
+                raise pw.OperationalError(REPLACED)
+            if self._steps or self.database.is_closed():
+                with self._opening:
+                    self._open()
             yield
         finally:
             CurrentDatabase.current.reset(token)
+
+    def _open(self):
+        begin = time.monotonic()
+        if begin < self._refusal[0]:
+            raise pw.OperationalError(self._refusal[1])
+        try:
+            if self._path and not self._file and fcntl:
+                self._file = self._claim_file()
+            self.database.connect(reuse_if_open=True)
+            while self._steps:
+                with waiting(1):  # gunicorn ends workers that take long to start
+                    self._steps[0]()
+                self._steps = self._steps[1:]
+            self._trouble = ""
+        except (pw.PeeweeException, OSError, RuntimeError, ValueError, BadRequest) as error:
+            self._refusal = (2 * time.monotonic() - begin, str(error))
+            passes = isinstance(error, DatabaseTrouble) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+            raise (pw.OperationalError if passes else pw.InternalError)(str(error)) from error
+
+    def _claim_file(self):
+        """Lock a file beside SQLite's, which says what inode all processes of the hub use; returns that. Only a process
+        that is alone makes a new file, or takes another. The lock lasts as long as the descriptor."""
+        self._let_go()
+        folder, name = os.path.split(self._path)
+        claim = os.open(f"{folder}/.{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._let_go = weakref.finalize(self, os.close, claim)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            Path(self._path).touch(0o600)  # SQLite itself would let everybody read it; its WAL takes over the mode
+            os.pwrite(claim, inode_of(self._path).ljust(64).encode(), 0)  # a full disk has room for that
+        fcntl.flock(claim, fcntl.LOCK_SH)
+        if (file := os.pread(claim, 64, 0).decode().strip()) != inode_of(self._path):
+            raise pw.OperationalError(REPLACED)
+        return file
+
+    def note_trouble(self, error: Exception) -> None:
+        """Log that the database does not answer, once, and close this thread's connection: another may do better."""
+        if self._trouble != str(error):
+            self._trouble = str(error)
+            log.error("the database does not answer: %s", error)
+        with contextlib.suppress(*DatabaseTrouble):
+            self.disconnect()
 
     def disconnect(self) -> None:
         """Close this thread's connection; the next request opens another."""
@@ -845,6 +997,8 @@ class Store:
     def close(self) -> None:
         """Close this thread's connection, and delete a database that was in memory."""
         self.disconnect()
+        self._let_go()
+        self._file = ""
         self._remove_folder()
 
     def _prepare_schema(self):
@@ -853,15 +1007,15 @@ class Store:
             if isinstance(self.database, pw.PostgresqlDatabase):  # workers start at the same moment
                 self.database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x6d696e69,))
             version = self.fact("schema_version") if Fact.table_exists() else None
-            if version == SCHEMA_VERSION:
-                return
             if version == 1:
                 self._upgrade_from_version_1()
-            elif version:
+            elif version not in (None, SCHEMA_VERSION):
                 raise RuntimeError(f"it was written by a newer minihub than {__version__}")
-            self.database.create_tables(MODELS)
-            self.set_fact("schema_version", SCHEMA_VERSION)
-            log.info("database: schema %s, %s", SCHEMA_VERSION, f"upgraded from {version}" if version else "new")
+            if version != SCHEMA_VERSION:
+                self.database.create_tables(MODELS)
+                self.set_fact("schema_version", SCHEMA_VERSION)
+                log.info("database: schema %s, %s", SCHEMA_VERSION, f"upgraded from {version}" if version else "new")
+            self.secret: str = self.claim_fact("cookie_secret", secrets.token_hex(32))
 
     def _upgrade_from_version_1(self):
         """Add the columns of version 2, and drop the CHECK on a server's status, which allows no new one."""
@@ -887,20 +1041,75 @@ def _remove_own_folder(path, maker):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def inode_of(path: str) -> str:
+    """Device and inode, which tell a file from another at the same path; "" if there is none."""
+    with contextlib.suppress(OSError):
+        return "{0.st_dev}:{0.st_ino}".format(os.stat(path))
+    return ""
+
+
 def open_database(url: str) -> pw.Database:
     """A database that opens a connection per thread, and never by accident."""
-    if not url.startswith("sqlite:"):
-        return database_from_url(url, autoconnect=False)
-    path = url.removeprefix("sqlite:///")
-    Path(path).touch(0o600)  # SQLite itself would let everybody read it; its WAL takes over the mode
-    pragmas = {"journal_mode": "wal", "synchronous": "normal", "foreign_keys": 1}
-    return pw.SqliteDatabase(path, pragmas=pragmas, timeout=15, lock_type="IMMEDIATE", autoconnect=False)
+    if url.startswith("sqlite:"):
+        pragmas = {"journal_mode": "wal", "synchronous": "normal", "foreign_keys": 1}
+        return pw.SqliteDatabase(url.removeprefix("sqlite:///"), pragmas=pragmas, timeout=SQLITE_WAIT,
+                                 lock_type="IMMEDIATE", autoconnect=False)
+    database = database_from_url(url, autoconnect=False)
+    if type(database) is not pw.PostgresqlDatabase:
+        return database
+    return ImpatientPostgres(**{"connect_timeout": CONNECT_WAIT, "autoconnect": False, **parameters_of_url(url)})
+
+
+class ImpatientPostgres(pw.PostgresqlDatabase):
+    """PostgreSQL that is given up when it does not answer: psycopg2 would wait for ever."""
+
+    def init(self, *values: Any, **options: Any) -> None:
+        self._asked = weakref.WeakKeyDictionary()  # connection -> the monotonic time of its last statement
+        self._watcher = threading.Thread()
+        super().init(*values, **options)
+
+    def cursor(self, *values: Any, **options: Any) -> Any:
+        """What peewee runs its next statement with."""
+        cursor = super().cursor(*values, **options)
+        self._asked[cursor.connection] = time.monotonic()
+        if not self._watcher.is_alive():
+            self._watcher = threading.Thread(target=self._watch, name="minihub-postgres", daemon=True)
+            self._watcher.start()
+        return cursor
+
+    def _watch(self):
+        while connections := self._asked.keyrefs():
+            for connection in filter(None, (reference() for reference in connections)):
+                is_late = time.monotonic() > self._asked[connection] + ANSWER_WAIT
+                if is_late and connection.info.transaction_status == 1:  # PQTRANS_ACTIVE
+                    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
+                        copy.shutdown(socket.SHUT_RDWR)  # to its thread it looks as if PostgreSQL had ended
+            connection = None  # which must not live on for this thread
+            time.sleep(0.5)
 
 
 def upsert(key: pw.Field, which: Any, /, **columns: Any) -> None:
     """Give the row whose unique `key` is `which` those columns, whether it exists or not."""
     changed = [getattr(key.model, name) for name in columns]
     key.model.insert(**{key.name: which}, **columns).on_conflict(conflict_target=[key], preserve=changed).execute()
+
+
+def is_over(moment: pw.Field, longest: float) -> pw.Expression:
+    """The condition that a moment is over which was at most `longest` seconds ahead when it was set: it is over, too,
+    if it is further ahead now, as the clock was set back since."""
+    return (moment <= now()) | (moment > now() + timedelta(seconds=longest))
+
+
+@contextlib.contextmanager
+def waiting(seconds: float) -> Iterator[None]:
+    """Wait no longer than this for another process that holds the lock of an SQLite database."""
+    database = CurrentDatabase.current.get()
+    execute = database.connection().execute if isinstance(database, pw.SqliteDatabase) else lambda sql: None
+    execute(f"PRAGMA busy_timeout = {1000 * seconds:.0f}")
+    try:
+        yield
+    finally:
+        execute(f"PRAGMA busy_timeout = {1000 * SQLITE_WAIT:.0f}")
 
 
 @contextlib.contextmanager
@@ -913,7 +1122,7 @@ def best_effort() -> Iterator[None]:
 
 
 ########################################################################################################
-# 5. Authenticators
+# 5. Authenticators and isolation
 ########################################################################################################
 
 class Authenticator:
@@ -974,6 +1183,350 @@ AUTHENTICATORS = {
     "password": PasswordAuthenticator, "dummy": DummyAuthenticator, "remote-user": RemoteUserAuthenticator}
 
 
+JUPYTER = ("jupyterhub-singleuser", "jupyter-labhub")
+
+#: The first thing that runs as the user: reads its variables, goes home, and becomes the server ("$@" from "$3" on).
+#: The machine, when it runs out of memory, ends a server rather than the hub.
+ENTER = """
+eval "$(cat)" && exec </dev/null && mkdir -p -m 700 -- "$2" && cd -- "$1" || exit
+shift 2
+echo 500 >/proc/self/oom_score_adj
+exec "$@"
+"""
+#: Tries it: can the home be written in, can the command's interpreter be run, who is it?
+TRIAL = """
+: >"$HOME/.trial" && rm "$HOME/.trial" || exit 3
+"$0" -c "" || exit 4
+cat /proc/self/status
+"""
+
+
+class Isolation:
+    """What keeps a server from everything else on its machine: here nothing. Subclasses must implement `_words`, and
+    `_rights`, which says why they cannot work."""
+    name = "none"
+    about = ("All servers run as the hub's own system user. A student with a terminal can read and change everybody's"
+             " files and the hub's database, and become anybody")
+
+    def __init__(self, settings: Settings):
+        self.settings, self.notice = settings, f"isolation: {self.name}. {self.about}"
+
+    def problem(self) -> str:
+        """Why it does not work on this machine, with the remedy; "" if it does. Found out by trying."""
+        if self.settings.process_limit:
+            return "process_limit needs isolation uid or bubblewrap"
+        return self._try(None) if self.settings.mem_limit or self.settings.open_file_limit else ""
+
+    def check_command(self, words: list[str]) -> None:
+        """Raises RuntimeError for a program whose pages would be open to all users of the machine."""
+        if self.name != "none" and Path(words[0]).name not in JUPYTER and not self.settings.cmd_has_sign_in:
+            raise RuntimeError(
+                f"{Path(words[0]).name} may not ask visitors who they are, and every user's programs can connect to its"
+                " port. If it does ask, set cmd_has_sign_in; if nobody minds, set isolation to none")
+
+    def uid_of(self, user: User) -> int | None:
+        """The user's numeric account, None if that is the hub's."""
+
+    def free_uid(self, first: int) -> int | None:
+        """The first account from `first` on that a new user can have, None if users share the hub's."""
+
+    def login_name(self, user: User) -> str:
+        """The user's name for USER and LOGNAME, which programs expect to be a short word."""
+        if self.name == "none":
+            return user.name
+        return re.sub(r"^(?=[^a-z_])", "_", re.sub("[^a-z0-9_.-]", "_", user.name))[:32]
+
+    def variables(self, home: Path, user: User) -> dict[str, str]:
+        """More environment variables for servers that are kept apart in this way."""
+        return {}
+
+    def prepare(self, home: Path, user: User, is_at_work: bool) -> None:
+        """Make the home of a user, who may have servers already. Raises OSError, RuntimeError with a sentence."""
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def words(self, home: Path, uid: int | None, words: list[str]) -> list[str]:
+        """The command line that runs such a one within the limits: ENTER's home, notebook folder and command."""
+        settings, limits = self.settings, []
+        for option, limit in (("data", bytes_of(settings.mem_limit)), ("nproc", settings.process_limit),
+                              ("nofile", settings.open_file_limit)):
+            limits += [f"--{option}={limit}"] if limit else []
+        limits = [tool("prlimit"), *limits] if limits else []
+        nice = [tool("nice"), "-n", str(settings.cpu_priority)] if settings.cpu_priority else []
+        return [*self._words(home, uid), *nice, *limits, tool("env"), "-i", *self._signals, "/bin/sh", "-c", ENTER,
+                "sh", *words]
+
+    _signals = ()
+
+    def _words(self, home, uid):
+        return []
+
+    def _rights(self):
+        return ""
+
+    def _try(self, uid):
+        """Why a trial in a home of its own fails, "" if it does not."""
+        if problem := self._rights():
+            return problem
+        homes, command = Path(self.settings.homes), shlex.split(self.settings.cmd)[0]
+        interpreter = interpreter_of(command, self.settings.inherited_variables()["PATH"])
+        home = homes / f".trial-{secrets.token_hex(4)}"
+        user = User(name="trial", uid=uid)
+        try:
+            self.prepare(home, user, False)
+            words = self.words(home, uid, [str(home), str(home), "/bin/sh", "-c", TRIAL, interpreter or "/bin/sh"])
+            done = subprocess.run(words, cwd="/", input=f"export HOME={shlex.quote(str(home))}", timeout=20, text=True,
+                                  capture_output=True, env=self.settings.inherited_variables(), errors="replace")
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            return self._remedy(str(error))
+        finally:
+            with contextlib.suppress(OSError):
+                home.rmdir()
+        said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        if done.returncode == 4:
+            closed = closed_folder(Path(interpreter))
+            return f"the users' accounts cannot run {interpreter}: " + (
+                f"{closed} is closed to them (chmod o+x, or install it elsewhere)" if closed else said)
+        if done.returncode:
+            closed = closed_folder(homes)
+            return f"{closed} is closed to the users' accounts (chmod o+x {closed})" if closed else self._remedy(said)
+        status = dict(line.split(":\t", 1) for line in done.stdout.splitlines() if ":\t" in line)
+        return self._flaw(status, uid)
+
+    def _remedy(self, said):
+        return said
+
+    def _flaw(self, status, uid):
+        has_rights = any(int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+        if self.name != "none" and (has_rights or status["NoNewPrivs"].strip() != "1"):
+            return "a trial came back with capabilities"
+        return ""
+
+
+class UidIsolation(Isolation):
+    """Each user's servers run as a numeric account of the user's own, without an entry in /etc/passwd."""
+    name = "uid"
+    about = "Each user's servers run as a system account of the user's own"
+
+    def problem(self):
+        first = self.settings.first_uid
+        if first < 1000 or 61184 <= first < 65536 or is_account(first):
+            return f"the account {first} is in use: set first_uid to a number of which those above it are free"
+        if not is_mapped(first + 1):
+            return (f"this container has no account {first + 1}: set first_uid to a number that is in"
+                    " /proc/self/uid_map and in /proc/self/gid_map")
+        return self._try(first)
+
+    def uid_of(self, user):
+        return user.uid
+
+    def free_uid(self, first):
+        """None that a user or a group, a user's containers, a unit of systemd's or somebody's old home has."""
+        taken = [range(61184, 65536), *(range(home.lstat().st_uid, home.lstat().st_uid + 1)
+                                        for home in Path(self.settings.homes).glob("*"))]
+        for path in ("/etc/subuid", "/etc/subgid"):
+            with contextlib.suppress(OSError, ValueError):
+                for _, start, count in (line.split(":") for line in Path(path).read_text().splitlines()):
+                    taken.append(range(int(start), int(start) + int(count)))
+        number = max(first, self.settings.first_uid + 1)
+        while is_mapped(number):
+            after = max((numbers.stop for numbers in taken if number in numbers), default=number)
+            if after == number and not is_account(number):
+                return number
+            number = max(after, number + 1)
+        raise RuntimeError(f"There are no more accounts for users: {number} is none in this container")
+
+    def variables(self, home, user):
+        return {"JUPYTER_RUNTIME_DIR": str(self._sockets(home, user))}
+
+    def prepare(self, home, user, is_at_work):
+        """Make the home, and the folder for kernels' sockets, whose paths may have no more than 107 bytes. A home of
+        the hub's own is handed over to the user: at the first start with this isolation."""
+        home.parent.mkdir(parents=True, exist_ok=True)
+        home.parent.chmod(0o711)
+        sockets = self._sockets(home, user)
+        if len(os.fsencode(sockets)) > 55:
+            raise RuntimeError(f"homes must be a path of at most 40 characters, for kernels' sockets: {home.parent}")
+        sockets.parent.mkdir(mode=0o711, exist_ok=True)
+        for folder in (home, sockets):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            owner = folder.stat().st_uid
+            if owner not in (user.uid, os.geteuid()):
+                raise RuntimeError(f"{folder} belongs to the account {owner}, not to {user.name}'s own, {user.uid}."
+                                   f" If it is {user.name}'s: chown -hR --from={owner} {user.uid}:{user.uid}")
+            if owner != user.uid:
+                if is_at_work:
+                    raise RuntimeError("The home is to be handed over to an account of the user's own. Stop all servers"
+                                       " of the user's first, for once")
+                hand_over(folder, user.uid)
+
+    def _sockets(self, home, user):
+        return home.parent / ".run" / str(user.uid)  # no user's home: folder_name() makes no name hidden
+
+    def _rights(self):
+        if os.geteuid() == 0 or capabilities() >> 7 & 1:  # CAP_SETUID
+            return "" if tool("setpriv") and tool("prlimit") else "setpriv is missing: install util-linux"
+        return ("the hub may not do that. Run it as root, or with the capabilities of the README's systemd unit:"
+                " CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_CHOWN CAP_KILL")
+
+    def _words(self, home, uid):
+        return as_account(uid)
+
+    def _remedy(self, said):
+        if "Operation not permitted" in said and "setpriv" not in said and "prlimit" not in said:
+            return f"{said}. If the homes are on NFS: export them with no_root_squash, or keep them on a local disk"
+        return said
+
+
+class BubblewrapIsolation(Isolation):
+    """Servers run in sandboxes of bubblewrap's, for a hub that is an ordinary user."""
+    name = "bubblewrap"
+    about = "Each server runs in a sandbox: its user's home, a read-only system, nothing of the hub or of others"
+    _signals = ("--default-signal=INT,TERM,HUP",)
+    system = tuple(
+        "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /etc /opt /sys/devices/system /run/systemd/resolve".split())
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        database = os.path.abspath(settings.database.removeprefix("sqlite:///").partition("?")[0])
+        self._hidden = [Path(settings.homes), Path(settings.run_dir), Path.cwd(), Path(database).parent]
+
+    def problem(self):
+        return self._try(None)
+
+    def variables(self, home, user):
+        return {"JUPYTER_RUNTIME_DIR": "/tmp/jupyter"}  # in the sandbox, and short: a socket's path has 107 bytes
+
+    def _rights(self):
+        if os.geteuid() == 0:
+            return "the hub must be an ordinary user for that, not root"
+        return "" if tool("bwrap") else "bubblewrap is missing: apt-get install bubblewrap"
+
+    def _words(self, home, uid):
+        """Folders in others come later: a tmpfs hides the hub's, and the environment and the home may be in that."""
+        settings, command = self.settings, shlex.split(self.settings.cmd)[0]
+        seen = {Path(path): ("--ro-bind-try", path, path) for path in self.system}
+        program = shutil.which(command, path=settings.inherited_variables()["PATH"]) or command
+        for folder in self._hidden:
+            if any(folder.is_relative_to(path) for path in self.system):
+                seen[folder] = ("--tmpfs", str(folder))
+        for folder in (sys.prefix, sys.base_prefix, Path(program).parent.parent, Path(program).resolve().parent.parent):
+            seen[Path(folder)] = ("--ro-bind-try", str(folder), str(folder))
+        mounts = [word for _, words in sorted(seen.items(), key=lambda item: len(item[0].parts)) for word in words]
+        ignore = ["/bin/sh", "-c", "trap '' INT TERM HUP; exec \"$@\"", "sh"]  # they are for the server
+        return [*ignore, tool("bwrap"), "--die-with-parent", "--unshare-user", "--unshare-pid", "--unshare-ipc",
+                "--unshare-uts", "--unshare-cgroup-try", "--tmpfs", "/tmp", *mounts, "--bind", str(home), str(home),
+                "--dev", "/dev", "--proc", "/proc"]
+
+    def _remedy(self, said):
+        remedies = {
+            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns": (
+                "1", "AppArmor forbids it, as in Ubuntu 24.04. Give /usr/bin/bwrap an AppArmor profile with `userns,`,"
+                " or: sysctl kernel.apparmor_restrict_unprivileged_userns=0"),
+            "/proc/sys/kernel/unprivileged_userns_clone": ("0", "Allow it: sysctl kernel.unprivileged_userns_clone=1"),
+            "/proc/sys/user/max_user_namespaces": ("0", "Allow it: sysctl user.max_user_namespaces=15000")}
+        for path, (value, remedy) in remedies.items():
+            with contextlib.suppress(OSError):
+                if Path(path).read_text().strip() == value:
+                    return f"{said}. {remedy}"
+        return f"{said}. In Docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+
+
+ISOLATIONS = {kind.name: kind for kind in (UidIsolation, BubblewrapIsolation, Isolation)}
+
+
+def choose_isolation(settings: Settings) -> Isolation:
+    """The isolation of the settings, or the best that works here. Raises SettingError."""
+    reasons = []
+    for name in ISOLATIONS if settings.isolation == "auto" else [settings.isolation]:
+        isolation = ISOLATIONS[name](settings)
+        problem = isolation.problem()
+        if not problem:
+            isolation.notice += "".join(f". {reason}" for reason in reasons if name == "none")
+            return isolation
+        reasons.append(f"{name} is not possible: {problem}")
+    raise SettingError("isolation", f"must be possible on this machine. {'. '.join(reasons)}", settings.isolation)
+
+
+def as_account(uid: int) -> list[str]:
+    """The words that give up all rights, become that account, and run what follows."""
+    return [tool("setpriv"), f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all",
+            "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs"]
+
+
+def as_system_user(name: str) -> list[str]:
+    """The words that become a user of the system, with its groups, and run what follows. Raises KeyError if there is
+    none, OSError if the hub may not do that."""
+    user = pwd.getpwnam(name)
+    if user.pw_uid == os.geteuid():
+        return []
+    if os.geteuid() and not capabilities() >> 7 & 1:  # CAP_SETUID
+        raise PermissionError(f"the hub may not run programs as {name}")
+    return [tool("setpriv"), f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--inh-caps=-all",
+            "--ambient-caps=-all"]
+
+
+def hand_over(home: Path, uid: int) -> None:
+    """Give an account a home of the hub's own, and last the home itself, so that it can be done again. Links are not
+    followed, other filesystems not entered, and a file that has a second name, maybe in another place, not given."""
+    home = home.resolve()
+    device, given, kept = home.stat().st_dev, 0, 0
+    for _, names, files, folder in os.fwalk(home, topdown=False):
+        for name in names + files:
+            entry = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            is_only_here = entry.st_dev == device and (entry.st_nlink == 1 or stat.S_ISDIR(entry.st_mode))
+            if is_only_here and entry.st_uid == os.geteuid():
+                os.chown(name, uid, uid, dir_fd=folder, follow_symlinks=False)
+                given += 1
+            kept += not is_only_here
+    os.chown(home, uid, uid)
+    if given or kept:
+        log.info("%s: %s files are now the account %s's, %s with other names are not", home, given, uid, kept)
+
+
+def is_account(number: int) -> bool:
+    """Whether a user or a group of the system has that number."""
+    for find in (pwd.getpwuid, grp.getgrgid):
+        with contextlib.suppress(KeyError):
+            return bool(find(number))
+    return False
+
+
+def is_mapped(number: int) -> bool:
+    """Whether a user namespace that this process is in has that account."""
+    lines = [Path(f"/proc/self/{kind}_map").read_text().splitlines() for kind in ("uid", "gid")]
+    return all(any(int(first) <= number < int(first) + int(count) for first, _, count in map(str.split, part))
+               for part in lines)
+
+
+def capabilities() -> int:
+    """This process's effective capabilities."""
+    return int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """The path of a program of the system's, "" if it is missing. Not looked for on a PATH of a server's."""
+    return shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin") or ""
+
+
+def interpreter_of(command: str, path: str) -> str:
+    """The program that runs a command: itself, or what the first line of a script names. "" if it is not found."""
+    found = shutil.which(command, path=path) or ""
+    with contextlib.suppress(OSError):
+        with open(found, "rb") as file:
+            first = file.readline(512)
+        words = first[2:].decode("utf-8", "replace").split() if first.startswith(b"#!") else [""]
+        return shutil.which(words[-1], path=path) or "" if Path(words[0]).name == "env" else words[0]
+    return ""
+
+
+def closed_folder(path: Path) -> Path | None:
+    """The first folder on the way to a path that others may not pass."""
+    ways = [path, path.resolve()]
+    return next((folder for way in ways for folder in reversed(way.parents)
+                 if folder.exists() and not folder.stat().st_mode & stat.S_IXOTH), None)
+
+
 ########################################################################################################
 # 6. Spawners
 ########################################################################################################
@@ -997,9 +1550,14 @@ class Spawner:
     http://host:port where the server will answer: any worker must be able to poll or stop a server that another one has
     started. An exception makes the start fail with its text."""
     settings: Settings | None = None  # the hub sets it before the first call
+    notice = ""  # what admins should know of how it works here, said at the hub's start and on their pages
 
     def check(self) -> None:
         """Called once, when the hub starts. Raises SettingError if this spawner cannot work here."""
+
+    def free_uid(self, first: int) -> int | None:
+        """The first numeric account from `first` on that a user can have, None if users need none."""
+        return None
 
     def start(self, server: Launch) -> dict[str, Any]:
         """Start the server, without waiting until it answers, and return its state."""
@@ -1027,13 +1585,26 @@ class Spawner:
         left for a new user of the same name."""
 
 
+MARK = "MINIHUB_SERVER"  # the variable by which a process is recognised whose supervisor has been killed
+
+
 class SubprocessSpawner(Spawner):
-    """Servers as processes of the hub's own system user, in sessions of their own that outlive the hub. Linux only."""
+    """Servers as processes of this machine, kept apart as `isolation` says, which outlive the hub. Linux only."""
     #: Seconds after the stop, and the signal. 9 is SIGKILL, a name that Windows lacks.
     ladder = ((0, signal.SIGINT), (5, signal.SIGTERM), (10, 9))
 
     def check(self):
         demand(sys.platform == "linux", "spawner", "must be one of your own on systems other than Linux", sys.platform)
+        self.notice = self.isolation.notice
+        log.log(logging.WARNING if self.isolation.name == "none" else logging.INFO, "%s", self.notice)
+
+    def free_uid(self, first):
+        return self.isolation.free_uid(first)
+
+    @functools.cached_property
+    def isolation(self) -> Isolation:
+        """How servers are kept apart. Raises SettingError if that cannot be done as the settings say."""
+        return choose_isolation(self.settings)
 
     def command(self, server: Launch) -> list[str]:
         """The command line, split into words."""
@@ -1041,18 +1612,21 @@ class SubprocessSpawner(Spawner):
         if "{port}" not in self.settings.cmd:
             words.append(f"--port={server.port}")  # jupyterhub-singleuser 1.x reads no variable for it
         if Path(words[0]).name in ("jupyterhub-singleuser", "jupyter-labhub"):
-            if os.geteuid() == 0:
+            if os.geteuid() == 0 and self.isolation.name == "none":
                 words.append("--allow-root")
             if self.settings.notebook_dir:  # 1.x reads no variable for this either
                 words.append(f"--notebook-dir={self._notebook_dir(server)}")
             if self.settings.default_url:  # nor for this
                 words.append(f"--SingleUserNotebookApp.default_url={self.settings.default_url}")
+            if self.isolation.name != "none":  # every user of the machine can connect to a TCP port of a kernel's
+                words.append("--KernelManager.transport=ipc")
         return words
 
     def environment(self, server: Launch) -> dict[str, str]:
         """All environment variables of the server."""
+        login = self.isolation.login_name(server.user)
         variables = {**self.settings.inherited_variables(), **server.variables,
-                     "HOME": str(self.home(server)), "USER": server.user.name, "LOGNAME": server.user.name,
+                     "HOME": str(self.home(server)), "USER": login, "LOGNAME": login,
                      "JUPYTERHUB_SERVICE_URL": f"http://127.0.0.1:{server.port}{server.prefix}"}
         if self.settings.notebook_dir:
             variables["JUPYTERHUB_ROOT_DIR"] = str(self._notebook_dir(server))
@@ -1065,24 +1639,24 @@ class SubprocessSpawner(Spawner):
         return Path(self.settings.homes) / server.user.folder
 
     def start(self, server):
-        run = self._run_file(server)
-        for folder in (self.home(server), self._notebook_dir(server)):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        words, home, run = self.command(server), self.home(server), self._run_file(server)
+        self.isolation.check_command(words)
+        self.isolation.prepare(home, server.user, has_supervisor(run.parent))
+        variables = {**self.environment(server), **self.isolation.variables(home, server.user), MARK: run.name}
+        words = self.isolation.words(home, server.user.uid, [str(home), str(self._notebook_dir(server)), *words])
         target = f"http://127.0.0.1:{server.port}"
-        beat = heartbeat(self.settings) if self.settings.stop_with_hub else None
-        options = {"cwd": self.home(server), "env": self.environment(server)}
-        return {**start_process(run, self.command(server), target, beat, **options), "target": target}
+        beat = heartbeat_of(self.settings) if self.settings.stop_with_hub else None
+        with open(os.memfd_create("variables"), "w+b") as file:  # neither on a command line nor in the supervisor
+            file.write(os.fsencode("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()
+                                             if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name))))
+            file.seek(0)
+            options = {"stdin": file, "cwd": "/", "env": self.settings.inherited_variables()}
+            state = start_process(run, words, target, beat, self.isolation.uid_of(server.user), **options)
+        return {**state, "target": target}
 
     def find(self, server):
-        run = self._run_file(server)
-        try:
-            number, target = Path(f"{run}.pid").read_text().split()
-            words = Path(f"/proc/{int(number)}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return None
-        if os.fsencode(run) not in words:  # the process id has been reused: the supervisor's words name this launch
-            return None
-        return {"pid": int(number), "identity": process_identity(int(number)), "run": str(run), "target": target}
+        state, target = find_process(self._run_file(server))
+        return state and {**state, "target": target, "uid": self.isolation.uid_of(server.user)}
 
     def poll(self, state):
         return poll_process(state)
@@ -1120,58 +1694,153 @@ class SubprocessSpawner(Spawner):
 
 SPAWNERS = {"subprocess": SubprocessSpawner}
 
-#: Supervises a command ("$@"): writes its exit status to disk for any worker to read, and kills what is left of its
-#: process group. `set -C` makes the first of two starts of one launch win. The traps keep the shell alive over the
-#: signals meant for the command; a trapped signal, unlike an ignored one, is back at its default in the command.
-#: If there is a heartbeat file ("$2"), everything ends when that has not been touched for a minute.
+#: Runs before the supervisor: orphans become its children (PR_SET_CHILD_SUBREAPER); 4 to 3 is a pipe for the log.
+PREPARE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+for fd, end in zip((13, 14), os.pipe()):
+    os.dup2(end, fd)
+    os.close(end)
+for fd in (3, 4):
+    os.dup2(fd + 10, fd)
+    os.close(fd + 10)
+os.execv("/bin/sh", sys.argv[1:])
+"""
+
+#: Supervises a command ("$@"): keeps its log, which the command has no file of, and when it ends kills what it has left
+#: running and writes its exit status to disk for any worker to read. `set -C` makes the first of two starts of one
+#: launch win. The traps keep the shell alive over the signals meant for the command; a trapped signal, unlike an
+#: ignored one, is back at its default in the command.
+#: If there is a heartbeat file ("$2"), everything ends when twelve looks have not seen it touched (its age would be
+#: misleading after the machine has slept), or when there is a file .stop.
 SUPERVISE = """
 set -C; echo "$$ $1" >"$0.pid" || exit 125
-beat=$2; shift 2
+beat=$2; python=$3; finish=$4; account=$5; shift 5
+(trap '' INT TERM HUP XFSZ; ulimit -f 65536; until cat >&2; do sleep 1; done) <&3 3<&- 4>&- >/dev/null &
+logger=$!
 trap : INT TERM HUP
 if [ -n "$beat" ]; then (
     trap '' INT TERM HUP
-    while [ -n "$(find "$beat" -mmin -1 2>/dev/null)" ]; do sleep 5; done
-    kill -TERM 0; sleep 10; kill -KILL 0
-) & fi
-"$@"
-echo $? >"$0.exit"
-kill -KILL 0
+    seen= same=0
+    while [ $same -lt 12 ] && [ ! -e "$0.stop" ]; do
+        sleep 5
+        now=$(stat -c %y "$beat" 2>/dev/null)
+        [ "$now" = "$seen" ] && same=$((same + 1)) || same=0
+        seen=$now
+    done
+    rm -f "$0.stop"; kill -TERM 0; sleep 10; exec "$python" -I -S -c "$finish" $$ $logger "$account"
+) 3<&- 4>&- & fi
+"$@" >&4 2>&4 3<&- 4>&-
+status=$?
+trap '' INT TERM HUP
+exec "$python" -I -S -c "$finish" $$ $logger "$account" "$0.exit" $status 3<&- 4>&-
 """
 
 
-def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None = None, **popen: Any) -> dict[str, Any]:
+def end_descendants(root: int, account: list[str], spared: tuple[int, ...] = ()) -> None:
+    """Kill all processes below one. They are stopped first, so that none can fork while it is being looked for: one by
+    one, or, with the words that run a command as their `account`, in one moment with all others of that account."""
+    def signal_account(name):
+        if account:
+            subprocess.run([*account, "/bin/sh", "-c", f"kill -{name} -1"], stderr=subprocess.DEVNULL)
+
+    stopped, deadline = set(), time.monotonic() + 10
+    while time.monotonic() < deadline:
+        signal_account("STOP")
+        parents, below, more = {}, set(), {root}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    state, parent, *_ = file.read().rpartition(")")[2].split()
+            except (OSError, ValueError):
+                continue
+            if state not in "ZX" and int(name) not in spared:
+                parents[int(name)] = int(parent)
+        while more:
+            more = {pid for pid, parent in parents.items() if parent in more}
+            below |= more
+        if not below:
+            break
+        fresh = set() if account else below - stopped
+        for pid in fresh or below:
+            try:
+                os.kill(pid, signal.SIGSTOP if fresh else signal.SIGKILL)
+            except OSError:
+                pass
+        stopped = below if fresh else set()
+    signal_account("CONT")
+
+
+#: The last thing that a supervisor does, or its guard of the heartbeat.
+FINISH = f"""
+import os, signal, subprocess, sys, time
+{inspect.getsource(end_descendants)}
+root, logger, account, *rest = sys.argv[1:]
+end_descendants(int(root), account.split(), (int(logger), os.getpid()))
+if rest:
+    try:
+        os.waitpid(int(logger), 0)
+    except OSError:
+        pass
+    with open(rest[0], "w") as file:
+        file.write(rest[1])
+"""
+
+
+def start_process(run: Path, words: Iterable[str], note: str, beat: Path | None = None, uid: int | None = None,
+                  **popen: Any) -> dict[str, Any]:
     """Run a command in a session of its own, and return the state by which any worker can find it. Raises OSError.
 
     `run` is the path, without a suffix, of the files about it: .pid (with the `note` in it) and .exit. Its log is at
-    the same path up to the @. With a `beat` it ends soon after that file is no longer touched."""
+    the same path up to the @. With a `beat` it ends soon after that file is no longer touched. `uid` is the account
+    that the command changes to, if it does.
+    """
     if sys.platform != "linux":
         raise OSError(f"processes can be supervised on Linux only, not on {sys.platform}")
     log_file = log_of(run)
     run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*"):  # of earlier starts
+    for name in run.parent.glob(log_file.name.removesuffix(".log") + "@*.[ep]*"):  # of earlier starts
         name.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         log_file.replace(log_file.with_suffix(".log.old"))
-    words = ["/bin/sh", "-c", SUPERVISE, str(run), note, str(beat or ""), *words]
+    if beat:
+        beat.touch()
+    python = sys.executable if "python" in Path(sys.executable or "").name else f"{sys.prefix}/bin/python3"
+    words = [python, "-I", "-S", "-c", PREPARE, "/bin/sh", "-c", SUPERVISE, str(run), note, str(beat or ""), python,
+             FINISH, " ".join(as_account(uid) if uid else ()), *words]
     mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())  # inherited by the process, and uWSGI blocks all signals
     try:
         with open(os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as output:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                       start_new_session=True, **popen)
+            process = subprocess.Popen(words, **{"stdin": subprocess.DEVNULL, **popen}, stdout=output, stderr=output,
+                                       start_new_session=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     identity = process_identity(process.pid)  # before it is waited for: after that its id can be reused
     # The kernel keeps a zombie until somebody waits for it.
     threading.Thread(target=process.wait, name=f"minihub-wait-{process.pid}", daemon=True).start()
-    return {"pid": process.pid, "identity": identity, "run": str(run)}
+    return {"pid": process.pid, "identity": identity, "run": str(run), "uid": uid}
 
 
-def heartbeat(settings: Settings) -> Path:
-    """Touch the file whose age tells processes whether the hub is still running, and return its path."""
-    beat = Path(settings.run_dir) / "heartbeat"
-    beat.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beat.touch()
-    return beat
+def find_process(run: Path) -> tuple[dict[str, Any] | None, str]:
+    """The state of the process that was started as `run`, if it still runs, and the note that it was started with."""
+    try:
+        number, note = Path(f"{run}.pid").read_text().split()
+        words = Path(f"/proc/{int(number)}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None, ""
+    if os.fsencode(run) not in words:  # the process id has been reused: the supervisor's words name this launch
+        return None, ""
+    return {"pid": int(number), "identity": process_identity(int(number)), "run": str(run)}, note
+
+
+def heartbeat_of(settings: Settings) -> Path:
+    """The file that every worker touches, if it is there, to tell processes that the hub is still running."""
+    return Path(settings.run_dir) / "heartbeat"
+
+
+def has_supervisor(folder: Path) -> bool:
+    """Whether one of the processes runs whose files are in that folder."""
+    return any(find_process(path.with_suffix(""))[0] for path in folder.glob("*.pid"))
 
 
 def poll_process(state: dict[str, Any]) -> int | None:
@@ -1181,19 +1850,44 @@ def poll_process(state: dict[str, Any]) -> int | None:
     try:
         status = int(Path(f"{state['run']}.exit").read_text())
     except (OSError, ValueError):
+        _end_unsupervised(Path(state["run"]), state.get("uid"))
         return -9
     return 128 - status if status > 128 else status  # a shell adds 128 to the signal that ended a command
 
 
+#: Kills what has the variable "$0" in its environment.
+END_MARKED = """
+for round in 1 2; do
+    grep -lzsxFe "$0" /proc/[0-9]*/environ | while IFS=/ read -r _ _ pid _; do kill -KILL "$pid"; done
+done
+"""
+
+
+def _end_unsupervised(run, uid):
+    """Kill what a supervisor that was killed has left running: under an account of the user's own everything, unless
+    another server of the user's runs."""
+    is_alone = uid and not has_supervisor(run.parent)
+    words = ["/bin/sh", "-c", "kill -KILL -1" if is_alone else END_MARKED, f"{MARK}={run.name}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run([*(as_account(uid) if uid else ()), *words], timeout=20, capture_output=True)
+
+
 def stop_process(state: dict[str, Any], ladder: tuple, now: bool = False) -> dict[str, Any]:
     """Send the process group the signal of the ladder that is due, once (with `now` the last one is); return the new
-    state. `ladder` holds pairs of seconds since the first call and a signal."""
-    asked = state.get("asked_to_stop") or time.time()
+    state. `ladder` holds pairs of seconds since the first call and a signal. Signal 9 is also for what has left the
+    process group, and first of all for the supervisor, which else might be about to start the command."""
+    asked = min(state.get("asked_to_stop", math.inf), time.monotonic())  # since the boot, for all processes alike
     sent = state.get("signals_sent", 0)
-    due = len(ladder) if now else sum(time.time() >= asked + after for after, _ in ladder)
+    due = len(ladder) if now else sum(time.monotonic() >= asked + after for after, _ in ladder)
     if due > sent and poll_process(state) is None:
+        number = ladder[due - 1][1]
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(state["pid"], ladder[due - 1][1])
+            if number == 9:
+                os.kill(state["pid"], signal.SIGSTOP)
+                end_descendants(state["pid"], as_account(state["uid"]) if state.get("uid") else [])
+                with contextlib.suppress(OSError):
+                    Path(f"{state['run']}.exit").write_text("137")
+            os.killpg(state["pid"], number)
     return {**state, "asked_to_stop": asked, "signals_sent": max(due, sent)}
 
 
@@ -1222,7 +1916,7 @@ def free_port() -> int:
 # 7. HTTP/1.1, and carrying connections
 ########################################################################################################
 
-# This section needs the standard library only.
+# As far as CarrierClient this section needs the standard library only, and is also the program of the carrier.
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: the characters of a header's name
 LINE_BREAKS = re.compile(r"[\r\n\0]")               # RFC 9110, 5.5: forbidden in a header's value
@@ -1231,6 +1925,16 @@ INTERIM_LIMIT = 10      # interim responses (1xx) before the final one
 CHUNK = 64 * 1024       # bytes moved at a time, so also the bytes that a connection holds in memory
 FILES_ENOUGH = 65536    # open files and sockets, for a process that could have even more
 CONNECT_TIMEOUT = 10    # seconds for a server on this machine to accept a connection
+SPOOL_TIMEOUT = 60      # seconds for a server to read another CHUNK of a spooled body
+OWNER_LIMIT = 1000      # connections to the servers of one user, or to one service
+OWNER_SHARE = 1 / 4     # the same, as a share of all the connections that the process can carry
+OWNER_SPOOL = 2 ** 31   # bytes of spooled bodies that they have not read yet
+ADDRESS_SHARE = 3 / 4   # of these and of all, for one client address, which may be a whole class's
+FILES_SHARE = 4 / 5     # of the open files that a process may have, for connections
+MESSAGE_LIMIT = 128 * 1024  # bytes in which an exchange is handed over, below Linux' limit for one packet
+UNUSED_AFTER = 15       # seconds without a connection and without a worker after which a carrier ends
+CARRIER_TIMEOUT = 3     # seconds for the carrier to start, and to take an exchange
+CARRIER_PAUSE = 10      # seconds until another try after the carrier could not be reached
 
 #: Hop-by-hop headers (RFC 9110, 7.6.1), which are not passed on.
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
@@ -1357,19 +2061,20 @@ def probe(addresses: Iterable[tuple[str, str]], seconds: float) -> set[tuple[str
 
 
 class Splicer:
-    """A thread that carries connections by asyncio, and closes those silent for `idle_timeout` seconds (0: none)."""
+    """Carries connections in an asyncio loop: here, in a thread of the process that has taken them over."""
 
-    def __init__(self, idle_timeout: float):
-        self.idle_timeout = idle_timeout
+    def __init__(self):
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._owner = 0  # the process it runs in: threads do not survive a fork
+        self._ending = asyncio.Event()
         self._tasks: dict[asyncio.Task, Connection] = {}
+        self._held = Counter()  # how much of each share is taken
 
     @property
     def is_full(self) -> bool:
         """Whether another connection, of two sockets, would take files that the process needs for other things."""
-        return resource is not None and 2 * len(self._tasks) >= 0.8 * resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return len(self._tasks) >= most_connections()
 
     def carry(self, connection: Connection) -> None:
         """Serve the connection to its end, without waiting for that."""
@@ -1388,7 +2093,7 @@ class Splicer:
 
     def _start_thread(self):
         raise_file_limit()
-        self._loop, self._ending, self._tasks = asyncio.new_event_loop(), asyncio.Event(), {}
+        self._loop, self._ending, self._tasks, self._held = asyncio.new_event_loop(), asyncio.Event(), {}, Counter()
         self._thread = threading.Thread(target=self._run, args=(self._loop,), name="minihub-splicer", daemon=True)
         self._owner = os.getpid()
         self._thread.start()
@@ -1399,20 +2104,97 @@ class Splicer:
         loop.close()
 
     def _begin(self, connection):
+        # The kernel gives a new file the lowest free number: at least so many are open.
+        is_full = self.is_full or connection.client.fileno() >= 2 * most_connections()
+        if is_full or any(self._held[key] + amount > limit for key, amount, limit in connection.shares):
+            return connection.turn_away()
+        for key, amount, _ in connection.shares:
+            self._held[key] += amount
         task = asyncio.get_running_loop().create_task(connection.run())
         self._tasks[task] = connection  # asyncio itself holds tasks weakly
-        task.add_done_callback(self._tasks.pop)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task):
+        for key, amount, _ in self._tasks.pop(task).shares:
+            self._held[key] -= amount
+            if not self._held[key]:
+                del self._held[key]
 
     async def _supervise(self):
         """Close idle connections from time to time, and all at the end."""
-        interval = max(0.1, self.idle_timeout / 10) if self.idle_timeout else None
         while not self._ending.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), interval)
+                await asyncio.wait_for(self._ending.wait(), 1)
             for task, connection in self._tasks.items():
-                if self._ending.is_set() or time.monotonic() - connection.last_byte > self.idle_timeout:
+                if self._ending.is_set() or 0 < connection.idle_timeout < time.monotonic() - connection.last_byte:
                     task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Carrier(Splicer):
+    """Carries connections in a process of its own, to which the hub's workers hand them over a unix socket. It outlives
+    the workers and the hub, and ends by itself soon after the last of its workers and connections."""
+
+    def __init__(self, listener: socket.socket):
+        super().__init__()
+        self._listener = listener
+        self._workers: set[socket.socket] = set()
+
+    async def serve(self) -> None:
+        """Carry until nobody has needed it for UNUSED_AFTER seconds."""
+        raise_file_limit()
+        self._listener.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        supervision = asyncio.ensure_future(self._supervise())
+        last_needed = time.monotonic()
+        while time.monotonic() - last_needed < UNUSED_AFTER:
+            await asyncio.sleep(1)
+            if self._workers or self._tasks:
+                last_needed = time.monotonic()
+        self._listener.close()  # a worker that waits there starts another carrier
+        self._ending.set()
+        await supervision
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            worker, _ = self._listener.accept()
+            if not is_own_process(worker):
+                return worker.close()
+            worker.setblocking(False)
+            worker.send(b"ready")
+            self._workers.add(worker)
+            asyncio.get_running_loop().add_reader(worker, self._receive, worker)
+
+    def _receive(self, worker):
+        """Begin one exchange, and leave those that wait for another turn."""
+        numbers = []
+        with contextlib.suppress(OSError):
+            message, numbers, *_ = socket.recv_fds(worker, MESSAGE_LIMIT, 2)
+        if not numbers:  # it has ended
+            asyncio.get_running_loop().remove_reader(worker)
+            self._workers.remove(worker)
+            return worker.close()
+        spool = open(numbers[1], "rb", buffering=0) if numbers[1:] else None
+        self._begin(Forward(socket.socket(fileno=numbers[0]), Exchange(**marshal.loads(message), spool=spool)))
+        with contextlib.suppress(OSError):
+            worker.send(b"ready")
+
+
+def be_carrier(number: str) -> None:
+    """The carrier's program. `number` is the file descriptor of the socket that it listens on."""
+    logging.basicConfig(format="[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", level=logging.INFO)
+    asyncio.run(Carrier(socket.socket(fileno=int(number))).serve())
+
+
+def is_own_process(channel: socket.socket) -> bool:
+    """Whether the other end of a unix socket is a process of this process's user."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] == os.geteuid()
+
+
+def most_connections() -> float:
+    """How many connections, of two sockets, this process carries at most."""
+    return FILES_SHARE / 2 * (resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else FILES_ENOUGH)
 
 
 def raise_file_limit() -> None:
@@ -1425,6 +2207,9 @@ def raise_file_limit() -> None:
 class Connection:
     """A client's connection in the splicer's hands. Subclasses must implement `serve`."""
 
+    idle_timeout: float = 0  # seconds of silence after which it is closed, 0 = never
+    shares: tuple[tuple[str, float, float], ...] = ()  # what it takes: of which share how much, and the share's limit
+
     def __init__(self, client: socket.socket):
         self.client = client
         self.last_byte = time.monotonic()
@@ -1433,16 +2218,19 @@ class Connection:
         """Do all that happens on the connection. It is closed afterwards."""
         raise NotImplementedError
 
+    def turn_away(self) -> None:
+        """Close it without serving it, because there are too many."""
+        self.client.close()
+
     async def run(self) -> None:
         """Serve, and close whatever happens."""
-        try:
-            self.client.setblocking(False)
-            notice_dead_peer(self.client)
-            await self.serve()
-        except OSError as error:
-            log.debug("a proxied connection ended: %s", error)
-        finally:
-            await self._close_client()
+        with self.client:
+            try:
+                self.client.setblocking(False)
+                notice_dead_peer(self.client)
+                await self.serve()
+            except OSError as error:
+                log.debug("a proxied connection ended: %s", error)
 
     async def send(self, sink: socket.socket, data: bytes) -> None:
         """Write it all. Waits for a slow reader, so that no more than this is held for it."""
@@ -1451,8 +2239,8 @@ class Connection:
 
     async def receive(self, source: socket.socket, size: int = CHUNK) -> bytes:
         """The next bytes that arrive, b"" at the end."""
-        await asyncio.sleep(0)  # reading is immediate while there is data: let the other connections have their turn
-        data = await asyncio.get_running_loop().sock_recv(source, size)
+        if data := await asyncio.get_running_loop().sock_recv(source, size):
+            await asyncio.sleep(0)  # reading is immediate while there is data: give the others their turn
         self.last_byte = time.monotonic()
         return data
 
@@ -1468,11 +2256,10 @@ class Connection:
         while await self.receive(source):
             continue
 
-    async def _close_client(self):
-        """Close so that the last bytes arrive: closing over unread input would make TCP throw them away."""
-        with contextlib.closing(self.client), contextlib.suppress(OSError, asyncio.TimeoutError):
-            self.client.shutdown(socket.SHUT_WR)
-            await asyncio.wait_for(self.discard(self.client), 1)
+    def set_cut(self, is_cut: bool) -> None:
+        """Have the connection end with a reset, which says that the response is not complete, even if this process is
+        killed; or not."""
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_cut, 0))
 
 
 def notice_dead_peer(connection: socket.socket) -> None:
@@ -1494,6 +2281,10 @@ class Exchange:
     body_left: int           # how many bytes of the body are left
     spool: Any               # the file with these, or None: the client is still to send them
     unavailable: bytes       # the whole response for when the server does not answer
+    crowded: bytes           # the whole response for when there are too many connections
+    owner: str               # whose server it is: connections are limited for each
+    address: str             # the client's, or its network: connections are limited for each
+    idle_timeout: float      # seconds of silence after which the connection is closed, 0 = never
 
 
 class Forward(Connection):
@@ -1501,45 +2292,77 @@ class Forward(Connection):
 
     def __init__(self, client: socket.socket, exchange: Exchange):
         super().__init__(client)
-        self.exchange = exchange
+        self.exchange: Exchange | None = exchange
+        self.websocket, self.idle_timeout = exchange.websocket, exchange.idle_timeout
+        limit = min(OWNER_LIMIT, OWNER_SHARE * most_connections())
+        self.shares = ((f"owner {exchange.owner}", 1, limit),
+                       (f"owner {exchange.owner}, address {exchange.address}", 1, ADDRESS_SHARE * limit),
+                       (f"address {exchange.address}", 1, ADDRESS_SHARE * most_connections()),
+                       (f"spool {exchange.owner}", exchange.body_left if exchange.spool else 0, OWNER_SPOOL))
         self.upgraded = asyncio.Event()
 
     async def serve(self) -> None:
         """Carry both directions at once. The end of either closes both."""
         with contextlib.ExitStack() as opened:
             opened.enter_context(self.exchange.spool or contextlib.nullcontext())
+            upstream = await self._connect(opened)
+            sending = asyncio.ensure_future(self._to_server(upstream))
+            receiving = asyncio.current_task()
+            sending.add_done_callback(lambda _: receiving.cancel())  # the client has gone
             try:
-                upstream = opened.enter_context(socket_for(self.exchange.target))
-                connecting = asyncio.get_running_loop().sock_connect(upstream, self.exchange.target)
-                await asyncio.wait_for(connecting, CONNECT_TIMEOUT)
-            except (OSError, asyncio.TimeoutError):
-                return await self._refuse()
-            notice_dead_peer(upstream)
-            await self._carry(self._to_server(upstream), self._to_client(upstream))
+                if upstream:
+                    await self._to_client(upstream)
+                else:
+                    await self.send(self.client, self._refusal(self.exchange.unavailable))
+                self.client.shutdown(socket.SHUT_WR)
+                await asyncio.wait([sending], timeout=1)  # closed over unread input, TCP drops what it has not sent
+            finally:
+                if sending.cancel():
+                    await asyncio.wait([sending])  # it must let go of the sockets before they are closed
 
-    async def _carry(self, *directions):
-        tasks = [asyncio.ensure_future(direction) for direction in directions]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def _connect(self, opened):
+        """A connection to the server, None if it does not accept any."""
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            upstream = opened.enter_context(socket_for(self.exchange.target))
+            address = self.exchange.target
+            if upstream.connect_ex(address) and upstream.connect_ex(address):  # on one machine it is made by now
+                await asyncio.wait_for(asyncio.get_running_loop().sock_connect(upstream, address), CONNECT_TIMEOUT)
+            notice_dead_peer(upstream)
+            return upstream
+
+    def turn_away(self) -> None:
+        with self.client, self.exchange.spool or contextlib.nullcontext(), contextlib.suppress(OSError):
+            self.client.setblocking(False)
+            self.client.send(self._refusal(self.exchange.crowded))
+            self.client.shutdown(socket.SHUT_WR)
+            self.client.recv(CHUNK)  # see serve()
+
+    def _refusal(self, response):
+        head, end, body = response.partition(b"\r\n\r\n")
+        return head + end + (b"" if self.exchange.method == "HEAD" else body)
 
     async def _to_server(self, upstream):
         """Returns when the client has gone."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server has read enough, and may say why
-            await self.send(upstream, self.exchange.head)
-            while self.exchange.spool and (data := self.exchange.spool.read(CHUNK)):
-                await self.send(upstream, data)
-            if not self.exchange.spool:
-                await self.copy(self.client, upstream, self.exchange.body_left)
-        if not self.exchange.websocket:
-            return await self.discard(self.client)
-        if early := await self.receive(self.client):  # also tells when the client goes before there is a response
-            await self.upgraded.wait()
-            await self.send(upstream, early)
-            await self.copy(self.client, upstream)
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has read enough, and may say why
+                if upstream:
+                    await self._send_request(upstream)
+            if not self.websocket:
+                return await self.discard(self.client)
+            if early := await self.receive(self.client):  # also tells when the client goes before there is a response
+                await self.upgraded.wait()
+                await self.send(upstream, early)
+                await self.copy(self.client, upstream)
+
+    async def _send_request(self, upstream):
+        exchange = self.exchange
+        await self.send(upstream, exchange.head)
+        if not exchange.spool:
+            return await self.copy(self.client, upstream, exchange.body_left)
+        with exchange.spool:
+            while data := exchange.spool.read(CHUNK):
+                await asyncio.sleep(0)  # as in receive()
+                await asyncio.wait_for(self.send(upstream, data), SPOOL_TIMEOUT)
 
     async def _to_client(self, upstream):
         """Returns when the response is complete. Bytes behind its stated length are dropped."""
@@ -1547,13 +2370,19 @@ class Forward(Connection):
             head, rest = await self._response_head(upstream)
         except (OSError, ValueError) as error:
             log.warning("the server at %s:%s sent no valid response: %s", *self.exchange.target, error)
-            return await self._refuse()
+            return await self.send(self.client, self._refusal(self.exchange.unavailable))
         length = head.body_length(self.exchange.method)
+        self.exchange = None  # many connections are idle for long, and need little memory
         rest = rest[:length]
         await self.send(self.client, head.encode() + rest)
         if head.status == 101:
             self.upgraded.set()
-        await self.copy(upstream, self.client, None if length is None else length - len(rest))
+        elif length is None and not head.get("transfer-encoding"):
+            self.set_cut(True)  # until the body's end
+        left = None if length is None else length - len(rest)
+        del head, rest
+        await self.copy(upstream, self.client, left)
+        self.set_cut(False)
 
     async def _response_head(self, upstream):
         """The final response's head, and the bytes that came with it. Interim responses (1xx) are skipped."""
@@ -1567,13 +2396,123 @@ class Forward(Connection):
                 left -= len(data)
             raw, _, received = received.partition(b"\r\n\r\n")
             head = ResponseHead.parse(raw)
-            if head.status >= 200 or (head.status == 101 and self.exchange.websocket):
+            if head.status >= 200 or (head.status == 101 and self.websocket):
                 return head, received
         raise ValueError("too many interim responses")
 
-    async def _refuse(self):
-        head, end, body = self.exchange.unavailable.partition(b"\r\n\r\n")
-        await self.send(self.client, head + end + (b"" if self.exchange.method == "HEAD" else body))
+
+# The carrier does without these.
+
+class CarrierClient:
+    """This process's connection to the carrier, which it starts if none of this version answers. Where there can be no
+    such process, and while it cannot be reached, `splicer` carries the connections in this one."""
+
+    def __init__(self, settings: Settings, splicer: Splicer):
+        self.settings, self.splicer = settings, splicer
+        self._program = carrier_program()
+        self._lock = threading.Lock()
+        self._channel: socket.socket | None = None
+        self._retry_at = 0.0 if sys.platform == "linux" and self._program else math.inf
+
+    def carry(self, client: socket.socket, exchange: Exchange) -> None:
+        """Carry out the exchange, without waiting for that. The client's socket is no longer the caller's."""
+        with self._lock:
+            is_handed_over = time.monotonic() >= self._retry_at and self._hand_over(client, exchange)
+        if not is_handed_over:
+            self.splicer.carry(Forward(client, exchange))
+
+    def close(self) -> None:
+        """Disconnect. What has been handed over goes on."""
+        if self._channel:
+            self._channel.close()
+        self._channel = None
+
+    def _hand_over(self, client, exchange):
+        facts = {name: value for name, value in vars(exchange).items() if name != "spool"}
+        files = [client, *filter(None, [exchange.spool])]
+        message = marshal.dumps(facts)  # both ends are the same user's, and the same Python
+        if len(message) > MESSAGE_LIMIT:
+            return False
+        was_connected = self._channel is not None
+        try:
+            self._channel = self._channel or self._connect()
+            if not self._channel.recv(16):  # the carrier is ready when it has taken the exchange before this
+                raise ConnectionResetError("it has ended")
+            socket.send_fds(self._channel, [message], [file.fileno() for file in files])
+        except OSError as error:
+            self.close()
+            if was_connected and not isinstance(error, TimeoutError):  # it has ended since the last time
+                return self._hand_over(client, exchange)
+            log.warning("the carrier cannot be reached, connections end with this worker: %s", error)
+            self._retry_at = time.monotonic() + CARRIER_PAUSE
+            return False
+        for file in files:
+            file.close()
+        return True
+
+    def _connect(self):
+        """A channel to the carrier of this version. Raises OSError."""
+        version = hashlib.sha256(f"{self._program}{sys.version}".encode()).hexdigest()[:16]
+        path = Path(self.settings.run_dir) / ".carrier" / version
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: only one worker starts the carrier
+            address = f"/proc/self/fd/{folder}/{version}"  # the path itself may be longer than 107 bytes
+            with contextlib.suppress(OSError):
+                return channel_to(address)
+            path.unlink(missing_ok=True)  # of one that was killed, or hangs: what that has, it keeps
+            self._start(address, path)
+            return channel_to(address)
+        finally:
+            os.close(folder)
+
+    def _start(self, address, path):
+        run = Path(self.settings.run_dir) / f"carrier@{secrets.token_hex(4)}"
+        with (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+              open(os.memfd_create("minihub-carrier"), "wb") as program, contextlib.ExitStack() as opened):
+            listener.bind(address)
+            os.chmod(address, 0o600)
+            listener.listen(128)
+            program.write(self._program.encode())
+            program.seek(0)
+            # In a host that embeds Python, as uWSGI does, sys.executable is that host.
+            python = sys.executable if "python" in Path(sys.executable).name else f"{sys.exec_prefix}/bin/python3"
+            # Above those that the supervisor uses itself.
+            numbers = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 20) for file in (program, listener)]
+            for number in numbers:
+                opened.callback(os.close, number)
+            words = [python, "-I", "-S", "-c", BE_CARRIER, *map(str, numbers), str(path)]  # the path is for ps
+            state = start_process(run, words, "carrier", cwd="/", pass_fds=numbers,
+                                  env=self.settings.inherited_variables())
+        log.info("carrier: started, pid %s", state["pid"])
+
+
+#: Without ssl, for which asyncio has no use here, the process is smaller by a fifth.
+BE_CARRIER = "import sys; sys.modules['ssl'] = None; exec(open(int(sys.argv[1]), 'rb').read()); be_carrier(sys.argv[2])"
+
+
+def channel_to(address: str) -> socket.socket:
+    """A channel to the carrier that listens there, if it is this user's and answers. Raises OSError."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        channel.settimeout(CARRIER_TIMEOUT)
+        channel.connect(address)
+        if not is_own_process(channel) or not channel.recv(16, socket.MSG_PEEK):
+            raise ConnectionResetError("it is another user's, or has ended")
+        return channel
+    except OSError:
+        channel.close()
+        raise
+
+
+@functools.cache
+def carrier_program() -> str:
+    """The carrier's program: this section as far as here, and its imports; "" if this file cannot be read."""
+    source = "".join(linecache.getlines(__file__))
+    sections = re.split(r"^#{104}\n# \d+\. .*\n#{104}\n", source, flags=re.MULTILINE)
+    rest = re.compile(r"^# The carrier does without these\..*?(?=^try:|\Z)", re.MULTILINE | re.DOTALL)
+    return "".join(rest.sub("", section) for section in (*sections[1:2], *sections[7:8]))
 
 
 ########################################################################################################
@@ -1583,6 +2522,14 @@ class Forward(Connection):
 #: RFC 3986, 6.2.2.2: letters, digits, - and _ have one spelling, so that /h%75b is recognised as /hub.
 NEEDLESSLY_ENCODED = re.compile(r"%(?:[46][1-9A-Fa-f]|[57][0-9Aa]|3[0-9]|2[Dd]|5[Ff])")
 SPOOL_LIMIT = 2 ** 30  # bytes of a chunked body, which is spooled to the disk
+TOO_MANY_CONNECTIONS = ("The hub has as many connections as it can carry. Close some notebooks, of this server above"
+                        " all, or raise the limit of open files (ulimit -n) of the hub's process")
+
+CLIENT_PATIENCE = 3.5     # seconds for a client to send the rest of a request, or to take some of the response
+SLOWEST_UPLOAD = 100_000  # bytes a second of a chunked body, which may take longer
+LONGEST_WAIT = 20         # seconds for all of it, if there is one thread: gunicorn kills a worker after 30
+IDLE_TIMEOUT = 600        # seconds for which the kernel keeps a connection on which nothing has been sent
+FIN_WAIT = (4, 5)         # Linux's states of a TCP connection that only this side has closed
 
 #: Headers the proxy sets itself; client-supplied values are dropped.
 REWRITTEN = frozenset("host content-length expect x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port"
@@ -1714,13 +2661,21 @@ def local_address(host: str, port: int | str, scheme: str = "http") -> str:
 
 def listening_address(from_outside: bool = False) -> str | None:
     """http://host:port where this machine, or others, reach the first TCP socket this process is known to listen on."""
+    for _, candidate in own_sockets():
+        if candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and candidate.family != socket.AF_UNIX:
+            host, port, *_ = candidate.getsockname()
+            return local_address(own_host() if from_outside and host in ("0.0.0.0", "::") else host, port)
+    return None
+
+
+def own_sockets() -> Iterator[tuple[int, socket.socket]]:
+    """This process's sockets: the file descriptor of each, and a duplicate for as long as one looks at it."""
     with contextlib.suppress(OSError):
         for number in sorted(map(int, os.listdir("/dev/fd"))):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as candidate:
-                if candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and candidate.family != socket.AF_UNIX:
-                    host, port, *_ = candidate.getsockname()
-                    return local_address(own_host() if from_outside and host in ("0.0.0.0", "::") else host, port)
-    return None
+            with contextlib.suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(number).st_mode):
+                    with socket.socket(fileno=os.dup(number)) as duplicate:
+                        yield number, duplicate
 
 
 def own_host() -> str:
@@ -1739,6 +2694,8 @@ def host_of(environ: dict[str, Any]) -> Host:
 
 class Host:
     """A WSGI server: this class fits wsgiref, werkzeug, cheroot and waitress, subclasses say how others differ."""
+
+    read_errors: tuple[type[Exception], ...] = (OSError,)  # raised by a body that is broken, or ends too early
 
     def __init__(self, environ: dict[str, Any]):
         self.environ = environ
@@ -1783,6 +2740,26 @@ class Host:
                 return number
         return None
 
+    def handling(self) -> contextlib.AbstractContextManager:
+        """Within the block, the client waits for the hub, and not the other way round."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Deadline]:
+        """Read the body within the block. Raises BadRequest if that breaks off, and TooSlow if it takes too long, where
+        the server lends the socket."""
+        number = self.socket.fileno() if self.socket is not None else self.lent_socket()
+        total = math.inf if self.environ["wsgi.multithread"] else LONGEST_WAIT
+        deadline = Deadline(number if os.name == "posix" else None, CLIENT_PATIENCE, total)
+        try:
+            with deadline.in_force():
+                yield deadline
+        except self.read_errors:
+            if not deadline.is_over:
+                raise BadRequest("The body's chunks are broken, or end too early") from None
+        if deadline.is_over:
+            raise TooSlow("The request's body did not arrive in time. One that takes long needs a Content-Length")
+
     def take_over(self, number: int) -> Handover:
         """Take the client's socket out of the server's hands."""
         handover = Handover(self.environ, number)
@@ -1807,9 +2784,72 @@ class Host:
 class GunicornHost(Host):
     """gunicorn. On a unix socket it takes SERVER_NAME from the Host header."""
 
+    _handled: list[int] = []  # the inodes of the sockets of those requests that this process is at work on
+
     def check(self) -> None:
         if "HTTP_SCRIPT_NAME" in self.environ:  # its mount point, if a reverse proxy on this machine passes it on
             raise BadRequest("The header SCRIPT_NAME is not believed. Set MINIHUB_BASE_URL for a hub below a path")
+
+    @property
+    def read_errors(self):
+        return OSError, sys.modules["gunicorn.http.errors"].ParseException
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        inode = os.fstat(self.socket.fileno()).st_ino
+        self._handled.append(inode)
+        try:
+            yield
+        finally:
+            self._handled.remove(inode)
+
+    @classmethod
+    def watch_clients(cls) -> None:
+        """In gunicorn's workers, limit how long a client keeps a thread waiting. They must run nothing but the hub."""
+        if sys.platform != "linux" or "gunicorn.arbiter" not in sys.modules or "gevent.monkey" in sys.modules:
+            return  # greenlets cost little
+
+        def start():
+            cls._handled.extend(deadline.inode for deadline in cls._clients_waited_for())  # by the parent of a fork
+            threading.Thread(target=cls._watch, name="minihub-watchdog", daemon=True).start()
+
+        os.register_at_fork(after_in_child=start)  # with --preload
+        start()
+
+    @classmethod
+    def _watch(cls):
+        clients = {}
+        while True:
+            time.sleep(0.25)
+            before, clients = clients, {}
+            for latest in cls._clients_waited_for():
+                deadline = clients[latest.inode] = before.get(latest.inode, latest)
+                if deadline.unsent != latest.unsent:  # the client takes some of the response
+                    deadline.unsent = latest.unsent
+                    deadline.extend(CLIENT_PATIENCE)
+                deadline.enforce()
+
+    @classmethod
+    def _clients_waited_for(cls):
+        """A deadline for each client whose request a thread of this process reads, or to whom it writes."""
+        names, clients = set(), []
+        for number, duplicate in own_sockets():
+            is_tcp = duplicate.family in (socket.AF_INET, socket.AF_INET6)
+            name = duplicate.getsockname()[1] if is_tcp else duplicate.getsockname()
+            if duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                names.add(name)
+                if is_tcp:  # have the kernel accept no connection on which nothing has been sent
+                    duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, IDLE_TIMEOUT)
+                continue
+            with contextlib.suppress(OSError):  # it may just have been closed
+                if os.get_blocking(number):  # not where gunicorn waits, in no thread, for the next request
+                    clients.append((name, Deadline(number, CLIENT_PATIENCE, LONGEST_WAIT)))
+                    unsent = fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4))
+                    clients[-1][1].unsent = int.from_bytes(unsent, sys.byteorder)
+                elif (is_tcp and duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_WAIT
+                      and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)):  # that the splicer has set
+                    duplicate.shutdown(socket.SHUT_RD)  # gunicorn need not wait for two seconds until the client closes
+        return [deadline for name, deadline in clients if name in names and deadline.inode not in cls._handled]
 
     def end(self) -> bool:
         os.kill(os.getppid(), signal.SIGTERM)
@@ -1917,25 +2957,24 @@ class HandoverFromUWSGI(Handover):
 
 
 def spooled_body(host: Host) -> Any:
-    """A file with the whole of a chunked body, None for other bodies. Raises BadRequest and TooLarge."""
+    """A file with the whole of a chunked body, None for other bodies. Raises BadRequest, TooLarge and TooSlow."""
     if not host.environ.get("HTTP_TRANSFER_ENCODING"):
         return None
     with contextlib.ExitStack() as opened:
         spool = opened.enter_context(tempfile.SpooledTemporaryFile(max_size=1024 * 1024))
-        try:
+        with host.reading() as deadline:
             while data := host.read_chunk():
+                deadline.extend(len(data) / SLOWEST_UPLOAD)
                 spool.write(data)
                 if spool.tell() > SPOOL_LIMIT:
                     raise TooLarge("The body is too long for one that comes in chunks. Send it with a Content-Length")
-        except OSError:  # gunicorn's parse errors are kinds of it
-            raise BadRequest("The body's chunks are broken, or end too early") from None
         opened.pop_all()
         return spool
 
 
 def stream(environ: dict[str, Any], start_response: Callable, exchange: Exchange, timeout: float) -> Iterable[bytes]:
     """Carry an exchange in the worker's own thread. Raises Unavailable if the server does not answer in time."""
-    parts = _parts_of_response(environ["wsgi.input"], exchange, timeout)
+    parts = _parts_of_response(host_of(environ), exchange, timeout)
     try:
         head = next(parts)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -1945,9 +2984,9 @@ def stream(environ: dict[str, Any], start_response: Callable, exchange: Exchange
     return parts
 
 
-def _parts_of_response(rest_of_request, exchange, timeout):
+def _parts_of_response(host, exchange, timeout):
     """First the response's head, then the pieces of its body. The WSGI server may close it in between."""
-    with (exchange.spool or contextlib.nullcontext(rest_of_request) as body,
+    with (host.handling(), exchange.spool or contextlib.nullcontext(host.environ["wsgi.input"]) as body,
           socket.create_connection(exchange.target, CONNECT_TIMEOUT) as upstream):
         upstream.settimeout(timeout or None)
         notice_dead_peer(upstream)
@@ -1970,11 +3009,11 @@ class Proxy:
     """Where requests for servers go. Subclasses must implement `add_route`, `delete_route` and `get_all_routes`.
 
     A prefix begins and ends with a slash (JupyterHub calls it routespec) and is percent-encoded, as URLs are. The hub
-    sets `settings`, its `store` and its `splicer` before the first call."""
+    sets `settings`, its `store` and its `carrier` before the first call."""
 
     settings: Settings | None = None
     store: Store
-    splicer: Splicer
+    carrier: CarrierClient
 
     def add_route(self, prefix: str, target: str, data: dict[str, Any]) -> None:
         """Send requests below `prefix` to `target` (http://host:port); `data` says whose it is. Replaces a route."""
@@ -1998,7 +3037,7 @@ class Proxy:
 
 
 class EmbeddedProxy(Proxy):
-    """The hub's own reverse proxy. Its routes are rows, so every worker has them; the splicer carries its traffic."""
+    """The hub's own reverse proxy. Its routes are rows, so every worker has them; the carrier has its traffic."""
 
     def add_route(self, prefix, target, data):
         upsert(Route.prefix, prefix, target=target, data=data)
@@ -2011,8 +3050,9 @@ class EmbeddedProxy(Proxy):
                 for row in Route.select().order_by(Route.prefix)}
 
     def forward(self, environ: dict[str, Any], start_response: Callable, target: str, client: Client,
-                unavailable: bytes) -> Iterable[bytes]:
-        """Answer the request with the response of the server at `target`, or with the whole response `unavailable`.
+                unavailable: bytes, crowded: bytes) -> Iterable[bytes]:
+        """Answer the request with the response of the server at `target`, or with one of these whole responses:
+        `unavailable` if there is none, `crowded` if there are too many connections.
 
         Raises BadRequest and TooLarge, and Unavailable or NotPossible where this WSGI host cannot carry such a request.
         """
@@ -2020,9 +3060,6 @@ class EmbeddedProxy(Proxy):
         number = host.socket_number()
         if number is None:
             host.check_streaming()
-        elif self.splicer.is_full:
-            raise Unavailable("The hub has as many connections as it can carry. Close some notebooks, or raise the"
-                              " limit of open files (ulimit -n) of the hub's process", retry_after=5)
         spool = spooled_body(host)
         length = content_length(environ)
         if spool:
@@ -2030,15 +3067,19 @@ class EmbeddedProxy(Proxy):
             spool.seek(0)
         head = request_head(environ, client, length, host.upstream_protocol(number))
         exchange = Exchange(host_and_port(target), environ["REQUEST_METHOD"], is_websocket(environ), head, length or 0,
-                            spool, unavailable)
+                            spool, unavailable, crowded, "/".join(environ["PATH_INFO"].split("/")[1:3]),
+                            neighbourhood(client.address), self.settings.proxy_idle_timeout)
         if number is None:
             return stream(environ, start_response, exchange, self.settings.proxy_idle_timeout)
-        handover = host.take_over(number)
+        try:
+            handover = host.take_over(number)
+        except OSError:
+            raise Unavailable(TOO_MANY_CONNECTIONS, retry_after=5) from None
         if not spool:
             buffered = handover.buffered(exchange.body_left)
             left = exchange.body_left - len(buffered)
             exchange = dataclasses.replace(exchange, head=head + buffered, body_left=left)
-        self.splicer.carry(Forward(handover.client, exchange))
+        self.carrier.carry(handover.client, exchange)
         return handover.respond(start_response)
 
 
@@ -2155,7 +3196,7 @@ class Site:
         """Keep where a request has reached the hub, for the ticker and the command line, which have no request."""
         if mount != self._mount:
             self._mount = mount
-            with best_effort():
+            with best_effort(), waiting(NOTE_WAIT):
                 self.store.set_fact("mount", dataclasses.asdict(mount))
 
     @property
@@ -2235,6 +3276,8 @@ class People:
     def __init__(self, settings: Settings, store: Store, authenticator: Authenticator):
         self.settings, self.store, self.authenticator = settings, store, authenticator
         self.configured_admins = {authenticator.normalize(name) for name in settings.admins}
+        for name in self.configured_admins:
+            demand(is_valid_name(name), "admins", "must hold names that users can have", name)
 
     def is_same(self, name: str, user_name: str) -> bool:
         """Whether `name`, as somebody has typed it, is that user's."""
@@ -2315,9 +3358,8 @@ class People:
         return self.find(name)
 
     def admit_configured_admins(self) -> None:
-        """Make the admins of the settings admins, as new users where they are unknown. Raises SettingError."""
+        """Make the admins of the settings admins, as new users where they are unknown."""
         for name in self.configured_admins:
-            demand(is_valid_name(name), "admins", "must hold names that users can have", name)
             self.find_or_create(name)
         User.update(admin=True).where(User.name.in_(self.configured_admins)).execute()
 
@@ -2405,7 +3447,8 @@ class People:
         if before and before >= at - timedelta(seconds=self.settings.activity_resolution):
             return before
         stored = model.last_activity.db_value(at)
-        ACTIVITY_UPDATES[model].execute(self.store.database, stored, row_id, stored)
+        with waiting(NOTE_WAIT):  # it will be noted again
+            ACTIVITY_UPDATES[model].execute(self.store.database, stored, row_id, stored)
         return at
 
     def record_activity(self, user: User | UserDetails, at: datetime | None, servers: dict[str, datetime]) -> None:
@@ -2506,6 +3549,9 @@ class Groups:
 # 10. Tokens and OAuth
 ########################################################################################################
 
+TOKENS_PER_USER = 100  # API tokens
+
+
 @dataclass
 class Identity:
     """Who makes a request, and with what. A token with a `client` (OAuth) serves only to identify its owner."""
@@ -2557,12 +3603,18 @@ class Tokens:
         self.settings, self.store, self.site, self.people = settings, store, site, people
 
     def create(self, user: User, note: str = "", expires_in: float | None = None, **columns: Any) -> tuple[str, Token]:
-        """A new token of the user's and its row; the token itself is not kept. `expires_in` is in seconds."""
-        if self.settings.token_lifetime and "client" not in columns and "server" not in columns:
+        """A new token of the user's for `expires_in` seconds, and its row, which does not hold it. Raises TooMany."""
+        is_own = "client" not in columns and "server" not in columns
+        if is_own and self.settings.token_lifetime:
             expires_in = min(expires_in or math.inf, self.settings.token_lifetime)
         expires_at = None if expires_in is None else now() + timedelta(seconds=expires_in)
         token = new_token()
-        return token, Token.create(hashed=hash_token(token), user=user, note=note, expires_at=expires_at, **columns)
+        with self.store.transaction():
+            if is_own:
+                self.people.hold(user)  # others who make a token of this user's wait
+                if sum(not token.client_id and not token.server_id for token in self.of(user)) >= TOKENS_PER_USER:
+                    raise TooMany(f"User {user.name} already has {TOKENS_PER_USER} API tokens. Revoke one first")
+            return token, Token.create(hashed=hash_token(token), user=user, note=note, expires_at=expires_at, **columns)
 
     def identify(self, token: str) -> Identity | None:
         """The owner of a token, unless it has expired."""
@@ -2813,7 +3865,7 @@ class SignIn:
         return user
 
     def _check_failures(self, keys):
-        for row in Failure.select().where(Failure.key.in_(list(keys)) & (Failure.until > now())):
+        for row in Failure.select().where(Failure.key.in_(list(keys)) & ~is_over(Failure.until, FAILURES_FORGOTTEN)):
             if row.count >= keys[row.key]:
                 wait = math.ceil(-seconds_since(row.until))
                 raise TooMany(f"Too many failed sign-ins. Try again in {wait} seconds", retry_after=wait)
@@ -2826,7 +3878,7 @@ class SignIn:
 
     def purge(self) -> None:
         """Delete failed sign-ins that do not count any more."""
-        Failure.delete().where(Failure.until <= now()).execute()
+        Failure.delete().where(is_over(Failure.until, FAILURES_FORGOTTEN)).execute()
 
     def host_user(self, environ: dict[str, Any]) -> User | None:
         """The user who is signed in at the host site, with the admin flag and the groups (of valid names) that it
@@ -2852,7 +3904,7 @@ class SignIn:
         if not self.has_form:  # our cookie would outlive the session at the host site
             return None
         try:
-            user_id, session_key = self._signer(cookie).loads(value, max_age=self.settings.cookie_lifetime)
+            user_id, session_key = _unsigned(self._signer(cookie), value, self.settings.cookie_lifetime)
         except (itsdangerous.BadSignature, ValueError, TypeError):
             return None
         return User.get_or_none((User.id == user_id) & (User.session_key == session_key))
@@ -2899,7 +3951,7 @@ class SignIn:
     def open_link(self, token: str) -> User | None:
         """The user a link is for; None: the first admin, who is yet to be created. Raises Forbidden and BadRequest."""
         try:
-            content = self._links().loads(token, max_age=self.settings.link_lifetime)
+            content = _unsigned(self._links(), token, self.settings.link_lifetime)
         except itsdangerous.BadSignature:
             raise Forbidden("This link is not valid any more. Ask for a new one") from None
         if content == FIRST_ADMIN:
@@ -2940,6 +3992,14 @@ class SignIn:
             log.warning("minihub has no admin yet. Open this link to become the first one:\n\n    %s\n", link)
 
 
+def _unsigned(signer, text, lifetime):
+    """What was signed within `lifetime`, or later than now, before the clock was set back. Raises BadSignature."""
+    content, moment = signer.loads(text, return_timestamp=True)
+    if seconds_since(moment) > lifetime:
+        raise itsdangerous.BadSignature("too old")
+    return content
+
+
 ########################################################################################################
 # 12. Servers and routes
 ########################################################################################################
@@ -2950,6 +4010,8 @@ INTERRUPTED_AFTER = 10  # seconds after which a start without a process was its 
 MAX_ATTEMPTS = 3        # starts whose port somebody else has taken, or which were interrupted
 PROBE_SECONDS = 0.8     # the deadline of a round in which the ticker probes all servers that are starting
 GLANCE_SECONDS = 0.03   # the deadline of a request that probes the one server it is about
+STARTS_PER_USER = 3     # of one user's servers, how many may be starting or waiting for that
+STARTS_PER_CORE, LEAST_STARTS = 2, 4  # servers that this machine starts at the same time
 UNKNOWN = object()      # the answer of a spawner that raises an exception
 
 ROUTE_BY_PREFIX = CompiledQuery(
@@ -3066,6 +4128,7 @@ class LifeCycle:
             token, client = self.tokens.launch(server)
         variables = server_variables(self.site, server, token, client)
         try:
+            self._claim_uid(server.user)
             state = self.spawner.start(launch_of(server, free_port(), variables))
             target = state["target"]
         except Exception as error:  # a hook that somebody else wrote
@@ -3073,6 +4136,17 @@ class LifeCycle:
             self.end(server, f"{type(error).__name__}: {error}")
         else:
             self._adopt(server, state, target)
+
+    def _claim_uid(self, user):
+        """Give the user a numeric account at the first start: the next of a counter, never one that somebody had."""
+        if user.uid is None and self.spawner.free_uid(0) is not None:
+            with self.store.transaction():
+                self.store.lock("uid")
+                user.uid = User.get_by_id(user.id).uid
+                if user.uid is None:
+                    user.uid = self.spawner.free_uid(self.store.fact("last_uid", 0) + 1)
+                    self.store.set_fact("last_uid", user.uid)
+                    User.update(uid=user.uid).where(User.id == user.id).execute()
 
     def _adopt(self, server, state, target):
         """Record the process of a start; if that start has been overtaken, end the process."""
@@ -3117,7 +4191,7 @@ class LifeCycle:
     def _recover(self, server):
         """Go on with a start that has recorded no process: its worker is about to, or was killed before it could."""
         self.reload(server)  # whoever waits for this has an old copy of the row
-        is_interrupted = seconds_since(server.changed) > INTERRUPTED_AFTER
+        is_interrupted = not 0 <= seconds_since(server.changed) <= INTERRUPTED_AFTER  # or the clock was set
         if server.state or not (server.status == "stopping" or (server.status == "spawning" and is_interrupted)):
             return
         state = _ask(server.label, self.spawner.find, launch_of(server), otherwise=UNKNOWN)
@@ -3164,7 +4238,9 @@ class LifeCycle:
 
     def begin_stop(self, server: Server, **changes: Any) -> None:
         """Ask a server to end, or give up its start, unless somebody else has moved it on."""
-        if self.move(server, "stopping", **changes):
+        if server.status == "queued":  # there is nothing to wait for
+            self.end(server, "")
+        elif self.move(server, "stopping", **changes):
             self.routes.remove(server)
             log.info("server %s: stopping", server.label)
             self.look(server)
@@ -3244,6 +4320,8 @@ class Servers:
         self.settings, self.store, self.site = settings, store, site
         self.people, self.tokens = people, tokens
         self.life_cycle, self.spawner = life, life.spawner
+        cores = len(getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))(0))
+        self._room = settings.concurrent_spawn_limit or max(LEAST_STARTS, STARTS_PER_CORE * cores)
         self._watched: dict[str, float] = {}  # since when this process has looked at the starts that are under way
 
     def get(self, user: User, name: str) -> Server | None:
@@ -3281,37 +4359,76 @@ class Servers:
         return _servers(Server.status.in_(ACTIVE))
 
     def start(self, server: Server, options: Any = None) -> None:
-        """Start a server, without waiting; one that is starting goes on. Without `options` it gets its last start's.
+        """Start a server, without waiting, or queue it while too many others are starting; one that is starting goes
+        on. Without `options` it gets its last start's.
 
         Raises BadRequest if it runs or is stopping, NotFound if it has been deleted, TooMany at a limit."""
         self.observe(server)
-        while server.status != "spawning":
+        while server.status not in SPAWN_PENDING:
             if server.is_deleted:
                 raise NotFound(f"{server.label} has been deleted")
             if server.status != "stopped":
                 problem = "pending stop" if server.status == "stopping" else "already running"
                 raise BadRequest(f"{server.label} is {problem}")
-            if self._begin_start(server, server.user_options if options is None else options):
-                log.info("server %s: starting", server.label)
-                self.life_cycle.launch(server)
-                return
+            if self._queue(server, server.user_options if options is None else options):
+                is_next = server.status == "spawning"
+                log.info("server %s: %s", server.label, "starting" if is_next else self.place_of(server))
+                return self.life_cycle.launch(server) if is_next else None
 
-    def _begin_start(self, server, options):
+    def _queue(self, server, options):
         moment, prefix = now(), self.site.mount.server_prefix(server.user.name, server.name)
         with self.store.transaction():
-            self._check_limits()
+            pending = self._check_limits(server)
             self.people.hold(server.user)
             User.update(last_activity=moment).where(User.id == server.user_id).execute()
-            return self.life_cycle.move(server, "spawning", launch=new_token(), attempts=1, failure="", forget=False,
-                                        prefix=prefix, started=moment, last_activity=moment, user_options=options)
+            is_queued = self.life_cycle.move(
+                server, "queued", launch=new_token(), attempts=pending, failure="", forget=False, prefix=prefix,
+                started=moment, last_activity=moment, user_options=options)
+            return is_queued and (self._take_turn(server) or True)
 
-    def _check_limits(self):
+    def _check_limits(self, server):
+        """How many starts of the same user are pending. Raises TooMany if that, or anything else, is too many."""
         self.store.lock("starts")
-        statuses = [status for status, in Server.select(Server.status).where(Server.status.in_(ACTIVE)).tuples()]
-        if 0 < self.settings.concurrent_spawn_limit <= statuses.count("spawning"):
-            raise TooMany("Too many servers are starting just now. Try again in a moment", retry_after=10)
-        if 0 < (limit := self.settings.active_server_limit) <= len(statuses):
+        active = list(Server.select(Server.user, Server.status).where(Server.status.in_(ACTIVE)).tuples())
+        if 0 < (limit := self.settings.active_server_limit) <= len(active):
             raise TooMany(f"The hub runs {limit} servers already, which is its limit. Stop one first")
+        pending = sum(owner == server.user_id and status in SPAWN_PENDING for owner, status in active)
+        if pending >= STARTS_PER_USER:
+            raise TooMany(f"{pending} servers of {server.user.name} are starting. Wait for one", retry_after=10)
+        return pending
+
+    def launch_queued(self) -> None:
+        """Start servers that are queued, in their order, as far as there is room for them."""
+        while server := self._next_in_line():
+            self.life_cycle.reload(server)
+            if not self._take_turn(server):
+                return
+            log.info("server %s: starting", server.label)
+            self.life_cycle.launch(server)
+
+    def _take_turn(self, server):
+        with self.store.transaction():
+            self.store.lock("starts")
+            return server == self._next_in_line() and self.life_cycle.move(server, "spawning", attempts=1)
+
+    def _next_in_line(self):
+        """The first queued server that there is room for. Half of it is for users who have no server starting."""
+        starting = [user_id for user_id, in Server.select(Server.user).where(Server.status == "spawning").tuples()]
+        return next((server for server in self.line() if len(starting) < (
+            self._room // 2 if server.user_id in starting else self._room)), None)
+
+    def line(self) -> list[Server]:
+        """The servers that are queued, without most columns, in the order of their starts: first come, first served,
+        but everybody's first start before anybody's second."""
+        queued = Server.select(Server.id, Server.user, Server.name).where(Server.status == "queued")
+        return list(queued.order_by(Server.attempts, Server.changed, Server.id))
+
+    def place_of(self, server: Server, line: list[Server] | None = None) -> str:
+        """`4th in line`, for a server that is queued."""
+        line = line or self.line()
+        number = line.index(server) + 1 if server in line else 1  # if its turn has come meanwhile
+        suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+        return f"{number}{suffix} in line"
 
     def observe(self, server: Server) -> Server:
         """Take a look of a few milliseconds at a server, and move its row on; returns the same row."""
@@ -3321,7 +4438,7 @@ class Servers:
     def observe_pending(self) -> None:
         """Look at all servers that are on their way from one state to another, at all at once. Gives up starts that
         this worker has watched for too long, by a clock that nobody sets, and that stops while a laptop sleeps."""
-        servers, moment = _servers(Server.status.in_(list(PENDING))), time.monotonic()
+        servers, moment = _servers(Server.status.in_(("spawning", "stopping"))), time.monotonic()
         self._watched = {server.launch: self._watched.get(server.launch, moment) for server in servers}
         self._look_at(servers, PROBE_SECONDS)
         for server in servers:
@@ -3350,7 +4467,7 @@ class Servers:
             Server.update(forget=True).where(_row_of(server)).execute()
             self.life_cycle.reload(server)  # a start that was under way may have come before this
         self.observe(server)
-        while server.status in ("spawning", "ready"):
+        while server.status in (*SPAWN_PENDING, "ready"):
             moment = now()
             User.update(last_activity=moment).where(User.id == server.user_id).execute()
             self.life_cycle.begin_stop(server, last_activity=moment)
@@ -3377,18 +4494,24 @@ class Servers:
                 if is_over and _ask(user.label, self.spawner.forget_user, user, otherwise=UNKNOWN) is not UNKNOWN:
                     user.delete_instance()
 
-    def progress(self, server: Server) -> dict[str, Any] | None:
-        """The event with which the progress of a start ends, None while it goes on. Raises BadRequest if none is."""
-        self.life_cycle.reload(server)
+    def progress(self, servers: list[Server]) -> list[dict[str, Any]]:
+        """The latest event in the progress of each server's start, whose `progress` is 100 at its end."""
+        rows = {(row.id, row.user_id, row.name): row for row in _servers(Server.id.in_({row.id for row in servers}))}
+        line = self.line() if any(row.status == "queued" for row in rows.values()) else []
+        latest = [rows.get((row.id, row.user_id, row.name), Server(user=row.user, name=row.name)) for row in servers]
+        return [self._event(server, line) for server in latest]
+
+    def _event(self, server, line):
+        if server.status == "queued":
+            return {"progress": 10, "message": self.place_of(server, line)}
         if server.status == "spawning":
-            return None
+            return {"progress": 50, "message": "Spawning server..."}
         if server.status == "ready":
             url = self.site.server_url(server.user.name, server.name)
             return {"progress": 100, "ready": True, "message": f"Server ready at {url}",
                     "html_message": f'Server ready at <a href="{html.escape(url)}">{html.escape(url)}</a>', "url": url}
-        if server.failure:
-            return {"progress": 100, "failed": True, "message": f"Spawn failed: {server.failure}"}
-        raise BadRequest(f"{server.label} is not starting...")
+        problem = server.failure or f"{server.label} is not starting..."
+        return {"progress": 100, "failed": True, "message": f"Spawn failed: {problem}"}
 
 
 def stop_time(settings: Settings, started: datetime | None, last_activity: datetime | None) -> datetime | None:
@@ -3405,6 +4528,7 @@ def stop_time(settings: Settings, started: datetime | None, last_activity: datet
 # 13. Services and the ticker
 ########################################################################################################
 
+LEASE = 5             # seconds for which one worker is the only one that ticks
 LONGEST_BACKOFF = 60  # seconds between two starts of a service that dies at once; one that has run for as long does not
 
 
@@ -3442,29 +4566,40 @@ class Services:
         """Start the services with a command that do not run, with exponential backoff if they die at once."""
         specs = {spec.name: spec for spec in self.settings.services if spec.command}
         for service in list(Service.select().where(Service.name.in_(list(specs)))):
-            heartbeat(self.settings)
-            if not (service.state and poll_process(service.state) is None):
+            if not self._is_running(service):
                 self._start(service, specs[service.name])
+
+    def _is_running(self, service):
+        """Whether it runs, or is being started. Takes over a process whose worker was killed before it recorded it."""
+        if not service.state or service.state["pid"]:
+            return service.state and poll_process(service.state) is None
+        state, _ = find_process(Path(service.state["run"]))
+        if state:
+            Service.update(state=state).where(_same_start(service)).execute()
+        return state or -LONGEST_BACKOFF <= seconds_since(service.next_start) <= INTERRUPTED_AFTER
 
     def _start(self, service, spec):
         """Start the service, unless it is too early or another worker does."""
         restarts = 0 if seconds_since(service.next_start) > LONGEST_BACKOFF else service.restarts
         next_start = now() + timedelta(seconds=min(LONGEST_BACKOFF, 2 ** restarts))
-        same = (Service.id == service.id) & (Service.next_start == service.next_start) & (Service.next_start < now())
-        if not Service.update(next_start=next_start, restarts=restarts + 1).where(same).execute():
+        run = Path(self.settings.run_dir) / f"service-{spec.name}@{secrets.token_hex(4)}"
+        state = {"pid": 0, "identity": None, "run": str(run)}  # first, by which the process can be found
+        is_due = _same_start(service) & is_over(Service.next_start, LONGEST_BACKOFF)
+        if not Service.update(state=state, next_start=next_start, restarts=restarts + 1).where(is_due).execute():
             return
+        service.next_start, state = next_start, None
         token = spec.api_token or new_token()
         with self.store.transaction():
             self.tokens.set_service_token(service, spec, token)
-        run = Path(self.settings.run_dir) / f"service-{spec.name}@{secrets.token_hex(4)}"
         try:
-            state = start_process(run, spec.command, "service", heartbeat(self.settings), cwd=spec.cwd or None,
-                                  env=self._variables(spec, token), user=spec.user or None)
+            words = [*(as_system_user(spec.user) if spec.user else ()), *spec.command]
+            state = start_process(run, words, "service", heartbeat_of(self.settings), cwd=spec.cwd or None,
+                                  env=self._variables(spec, token))
+            log.info("service %s: started, pid %s", spec.name, state["pid"])
         except (OSError, KeyError, ValueError) as error:
             log.error("service %s cannot be started: %s", spec.name, error)
-        else:
-            Service.update(state=state).where(Service.id == service.id).execute()
-            log.info("service %s: started, pid %s", spec.name, state["pid"])
+        if not Service.update(state=state).where(_same_start(service)).execute() and state:
+            self._end(state)  # it is not to run any more, or another worker has been faster
 
     def _variables(self, spec, token):
         """The environment variables that HubAuth and HubOAuth of the package jupyterhub read."""
@@ -3485,9 +4620,18 @@ class Services:
             self._stop(service)
 
     def _stop(self, service):
-        if service.state and poll_process(service.state) is None:
-            stop_process(service.state, ((0, signal.SIGTERM),))
+        state = service.state and (find_process(Path(service.state["run"]))[0] or service.state)
+        if state and poll_process(state) is None:
+            self._end(state)
             log.info("service %s: stopped", service.name)
+
+    def _end(self, state):
+        Path(f"{state['run']}.stop").touch()  # its supervisor kills it if it ignores the signal, with a hub or without
+        stop_process(state, ((0, signal.SIGTERM),))
+
+
+def _same_start(service):
+    return (Service.id == service.id) & (Service.next_start == service.next_start)
 
 
 class Ticker:
@@ -3495,8 +4639,8 @@ class Ticker:
 
     A job is a pair of the seconds between two runs (0: it runs in every round) and a function."""
 
-    def __init__(self, store: Store, interval: float, jobs: Iterable[tuple[float, Callable[[], Any]]]):
-        self.store, self.interval = store, interval
+    def __init__(self, store: Store, interval: float, jobs: Iterable[tuple[float, Callable[[], Any]]], heartbeat: Path):
+        self.store, self.interval, self.heartbeat = store, interval, heartbeat
         self.due = {job: 0.0 for job in jobs}  # the monotonic time of each job's next run
         self._holder = secrets.token_hex(8)
         self._lock = threading.RLock()  # held during a round, in which a job may fork
@@ -3504,9 +4648,15 @@ class Ticker:
         self._over = threading.Event()  # set: the thread ends
 
     def tick(self) -> bool:
-        """Run the jobs that are due. False if another worker holds the lease. Expects the store to be connected."""
-        is_free = (Lease.holder == self._process) | (Lease.expires < now())
-        expires = now() + timedelta(seconds=5)  # then another worker ticks, if this one has stopped to
+        """Run the jobs that are due. False if another worker holds the lease."""
+        with contextlib.suppress(OSError):  # nobody has asked for it
+            os.utime(self.heartbeat)  # first, as those who look at it must not die of trouble with the database
+        with self.store.connected():
+            return self._run_due()
+
+    def _run_due(self):
+        is_free = (Lease.holder == self._process) | is_over(Lease.expires, LEASE)
+        expires = now() + timedelta(seconds=LEASE)  # then another worker ticks, if this one has stopped to
         lease = Lease.insert(job="ticker", holder=self._process, expires=expires).on_conflict(
             conflict_target=[Lease.job], preserve=[Lease.holder, Lease.expires], where=is_free)
         if not lease.as_rowcount().execute():
@@ -3548,11 +4698,9 @@ class Ticker:
             with self._lock:
                 try:
                     if not over.is_set():
-                        with self.store.connected():
-                            self.tick()
+                        self.tick()
                 except DatabaseTrouble as error:
-                    log.error("the database does not answer: %s", error)
-                    self.store.disconnect()
+                    self.store.note_trouble(error)
                 except Exception:  # out of a hook that somebody else wrote
                     log.exception("the ticker failed, and will try again")
         self.store.disconnect()
@@ -3770,19 +4918,20 @@ def read_form(req: falcon.Request) -> dict[str, str]:
 
 
 def read_body(req: falcon.Request) -> bytes:
-    """The request's body. Raises TooLarge."""
+    """The request's body. Raises BadRequest, TooLarge and TooSlow."""
     stream = req.stream if req.get_header("Transfer-Encoding") else req.bounded_stream
-    body = stream.read(BODY_LIMIT + 1)
+    with host_of(req.env).reading():
+        body = stream.read(BODY_LIMIT + 1)
     if len(body) > BODY_LIMIT:
         raise TooLarge(f"The body is longer than {BODY_LIMIT} bytes")
     return body
 
 
-def is_for_programs(req: falcon.Request, path: str) -> bool:
+def is_for_programs(environ: dict[str, Any], path: str) -> bool:
     """Whether a request for a server comes from a program, which can do nothing with a page (JupyterHub's rule)."""
-    accept = req.get_header("Accept") or ""
+    accept, method = environ.get("HTTP_ACCEPT", ""), environ["REQUEST_METHOD"]
     prefers_json = "application/json" in accept and "text/html" not in accept
-    return req.method not in ("GET", "HEAD") or "api" in path.split("/") or prefers_json or is_websocket(req.env)
+    return method not in ("GET", "HEAD") or "api" in path.split("/") or prefers_json or is_websocket(environ)
 
 
 def is_api(req: falcon.Request) -> bool:
@@ -3800,8 +4949,9 @@ PAGE_TYPE = "application/jupyterhub-pagination+json"
 CHANGEABLE_USER_KEYS = {"name": str, "admin": bool, "auth_state": dict}
 USER_KEYS = {"groups": list, **CHANGEABLE_USER_KEYS}
 GROUP_KEYS = {"name": str, "users": list}
-PROGRESS_SO_FAR = ('data: {"progress": 0, "message": "Server requested"}\n\n'
-                   'data: {"progress": 50, "message": "Spawning server..."}\n\n')
+STREAMS_PER_USER = 20      # progress streams in one worker
+LOOK_INTERVAL = 0.5        # seconds between two looks at the servers that progress streams are about
+REQUESTED = {"progress": 0, "message": "Server requested"}
 
 
 class VersionResource(Resource):
@@ -3886,6 +5036,10 @@ class UserResource(Resource):
 class ServerResource(Resource):
     """`/users/{name}/server[s/{server_name}]` (202: it starts or stops) and its `/progress`, as server-sent events."""
 
+    def __init__(self, hub: Any):
+        super().__init__(hub)
+        self.streams = ProgressStreams(self.store, self.servers)
+
     @falcon.before(needs_self_or_admin)
     def on_post(self, req, resp, name, server_name=""):
         user, options = self.people.find(name), read_object(req)
@@ -3914,42 +5068,80 @@ class ServerResource(Resource):
     @falcon.before(needs_self_or_admin)
     def on_get_progress(self, req, resp, name, server_name=""):
         server = self.servers.find(self.people.find(name), server_name)
-        last, host = self.servers.progress(server), host_of(req.env)
+        if server.status in ("stopping", "stopped") and not server.failure:
+            raise BadRequest(f"{server.label} is not starting...")
+        (event,), host = self.servers.progress([server]), host_of(req.env)
         number = host.socket_number()
-        resp.content_type, resp.cache_control = "text/event-stream", ["no-cache"]
-        if last:
-            resp.text = f"data: {json.dumps(last)}\n\n"
+        if event["progress"] == 100:
+            resp.text = _encoded(event)
         elif number is None or self.splicer.is_full or req.method == "HEAD":
-            resp.text = f"{PROGRESS_SO_FAR}retry: 1000\n\n"  # an EventSource reconnects in a second
+            resp.text = f"{_encoded(REQUESTED, event)}retry: 1000\n\n"  # an EventSource reconnects in a second
         else:
+            self.streams.check_limit(req.visit.identity)
             handover = host.take_over(number)
-            self.splicer.carry(ProgressStream(handover.client, self.store, self.servers, server))
+            stream = ProgressStream(handover.client, self.streams, server, event, req.visit.identity.user_id)
+            self.splicer.carry(stream)
             resp.content_length, resp.stream = 0, handover
+        resp.content_type, resp.cache_control = "text/event-stream", ["no-cache"]
+
+
+def _encoded(*events):
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+
+
+class ProgressStreams:
+    """The progress streams of this process. One look at the database each half second is for all of them."""
+
+    def __init__(self, store: Store, servers: Servers):
+        self.store, self.servers = store, servers
+        self.open: set[ProgressStream] = set()
+        self._next_look = 0.0
+
+    def check_limit(self, identity: Identity) -> None:
+        """Raises TooMany if anybody but an admin follows too many starts."""
+        number = sum(stream.user_id == identity.user_id for stream in list(self.open))
+        if number >= STREAMS_PER_USER and not identity.admin:
+            raise TooMany(f"User {identity.name} already has {number} progress streams. Close one first")
+
+    async def look(self) -> None:
+        """Give each stream its latest event, unless that was done less than half a second ago."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + 5  # for the others, while this look waits for the database
+        await asyncio.get_running_loop().run_in_executor(None, self._look, list(self.open))
+        self._next_look = time.monotonic() + LOOK_INTERVAL
+
+    def _look(self, streams):
+        try:
+            with self.store.connected():
+                for stream, event in zip(streams, self.servers.progress([stream.server for stream in streams])):
+                    stream.event = event
+        except DatabaseTrouble:
+            self.store.disconnect()  # they are told in a moment
 
 
 class ProgressStream(Connection):
-    """A client that follows a start until it has ended. It reads the row, which the ticker changes."""
+    """A client that follows a start until it has ended. `user_id`: whose client it is."""
 
-    def __init__(self, client: socket.socket, store: Store, servers: Servers, server: Server):
+    def __init__(self, client: socket.socket, streams: ProgressStreams, server: Server, event: dict[str, Any],
+                 user_id: int | None):
         super().__init__(client)
-        self.store, self.servers, self.server = store, servers, server
+        self.streams, self.server, self.event, self.user_id = streams, server, event, user_id
+        streams.open.add(self)
 
     async def serve(self) -> None:
         head = plain_response("200 OK", "text/event-stream", "", [("Cache-Control", "no-cache")])
-        await self.send(self.client, head + PROGRESS_SO_FAR.encode())
-        while not (last := await asyncio.get_running_loop().run_in_executor(None, self._last_event)):
-            await self.send(self.client, b"\n\n")  # which fails once the client is gone
-            await asyncio.sleep(0.5)
-        await self.send(self.client, f"data: {json.dumps(last)}\n\n".encode())
-
-    def _last_event(self):
+        event = self.event
         try:
-            with self.store.connected():
-                return self.servers.progress(self.server)
-        except HubError as error:
-            return {"progress": 100, "failed": True, "message": f"Spawn failed: {error.message}"}
-        except DatabaseTrouble:
-            return None  # asked again in a moment
+            await self.send(self.client, head + _encoded(REQUESTED, event).encode())
+            while event["progress"] < 100:
+                await asyncio.sleep(LOOK_INTERVAL)
+                await self.streams.look()
+                event, last = self.event, event
+                news = _encoded(event).encode() if event != last else b"\n\n"
+                await self.send(self.client, news)  # which fails once the client is gone
+        finally:
+            self.streams.open.discard(self)
 
 
 class TokenResource(Resource):
@@ -4644,8 +5836,8 @@ WATCH = '<a class=button href="{spawn}">Watch</a>'
 START = '<form method=post action="{spawn}">{xsrf}<button>Start</button></form>'
 STOP = '<form method=post action="{stop}">{xsrf}<button class=quiet>Stop</button></form>'
 DELETE = '<form method=post action="{delete}">{xsrf}<button class=quiet>Delete</button></form>'
-STATE_WORDS = {"ready": "running", "spawning": "starting", "stopping": "stopping", "stopped": "not running"}
-ACTIONS = {"ready": (OPEN, STOP), "spawning": (WATCH, STOP), "stopping": (), "stopped": (START,)}
+STATE_WORDS = dict(ready="running", queued="in line", spawning="starting", stopping="stopping", stopped="not running")
+ACTIONS = {"ready": (OPEN, STOP), **dict.fromkeys(SPAWN_PENDING, (WATCH, STOP)), "stopping": (), "stopped": (START,)}
 
 
 class ServersPage(Page):
@@ -4667,6 +5859,8 @@ class ServersPage(Page):
         """A server's name, its state (with its end, if the settings end idle or old ones) and its buttons."""
         state = "failed" if server.failure else STATE_WORDS[server.status]
         stops_at = server.status == "ready" and stop_time(self.settings, server.started, server.last_activity)
+        if server.status == "queued":
+            state = self.servers.place_of(server)
         if stops_at:
             state = f"running; as things stand it will be stopped at {readable(stops_at)}"
         actions = ACTIONS[server.status]
@@ -4719,14 +5913,16 @@ class HomePage(ServersPage):
 
 
 STARTING = """<section class=card id=progress data-events="{events}">
-<p>This takes a few seconds. The server opens here as soon as it is ready.</p>
+<p>The server opens here as soon as it is ready, a few seconds after its turn has come.</p>
+<p><output>{news}</output></p>
 <progress aria-label="starting"></progress>
 <form method=post action="{stop}">{xsrf}<button class=quiet>Cancel</button></form></section>"""
 #: At the end of the start, the page is loaded again, and then leads to the server or says why it has failed.
 PROGRESS_SCRIPT = """
 const events = new EventSource(document.getElementById("progress").dataset.events);
 const leave = () => { events.close(); location.reload(); };
-events.onmessage = (event) => { if (JSON.parse(event.data).progress === 100) leave(); };
+const show = (last) => last.progress === 100 ? leave() : document.querySelector("output").replaceChildren(last.message);
+events.onmessage = (event) => show(JSON.parse(event.data));
 events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(leave, 2000); };
 """
 
@@ -4742,12 +5938,13 @@ class SpawnPage(ServersPage):
             prefix, target = req.visit.mount.server_prefix(server.user.name, server.name), next_url(req)
             origin = self.site.servers_origin(server.user.name)
             raise Redirect(origin + (target if target.startswith(prefix) else prefix))
-        if server.status != "spawning":
+        if server.status not in SPAWN_PENDING:
             return self._show_server(req, resp, server)
         path = f"servers/{quote_name(server.name)}" if server.name else "server"
         events = req.visit.page(f"api/users/{quote_name(server.user.name)}/{path}/progress")
+        news = self.servers.place_of(server) if server.status == "queued" else ""
         self.show(req, resp, f"{_server_title(req, server)} is starting", STARTING, PROGRESS_SCRIPT, events=events,
-                  stop=_server_page(req, "stop", server))
+                  news=news, stop=_server_page(req, "stop", server))
 
     @falcon.before(needs_own_pages)
     @falcon.before(needs_xsrf)
@@ -4830,7 +6027,7 @@ class UserUrlPage(ServersPage):
     def on_fallback(self, req, resp, rest=""):
         """Open to all: programs get an error; browsers go to /hub/user/, where they send the hub's cookie."""
         name, _, path = rest.partition("/")
-        if is_for_programs(req, path):
+        if is_for_programs(req.env, path):
             raise Unavailable(f"JupyterHub server no longer running at {req.visit.mount.base}user/{rest}. Restart the"
                               f" server at {self.settings.public_url}{req.visit.page(f'spawn/{quote_name(name)}')}")
         raise Redirect(req.visit.page("user/") + target_below(req.env, "/user/"))
@@ -4901,7 +6098,8 @@ PEOPLE = """{news}
 <section class=card>
 <h2>Everybody</h2>
 <p class=state>A name leads to its server.{hint}</p>
-{rows}</section>"""
+{rows}</section>
+<p class=state>{notice}</p>"""
 LOST_LINK_HINT = " Whoever has lost their link or password gets a new sign-in link here."
 PERSON_ROW = """<div class=row>
 <div><a href="{spawn}"><b>{name}</b></a>{role}<span class=state>{seen}</span></div>
@@ -4958,7 +6156,8 @@ class AdminPage(ServersPage):
         running = self.servers.running()
         rows = [self._person(req, user, [server for server in running if server.user_id == user.id]) for user in users]
         self.show(req, resp, "People", PEOPLE, status=status, news=news, action=req.visit.page("admin"), names=names,
-                  rows=rows, hint=LOST_LINK_HINT if self.sign_in.has_form else "")
+                  rows=rows, hint=LOST_LINK_HINT if self.sign_in.has_form else "",
+                  notice=self.servers.spawner.notice)
 
     def _person(self, req, user, servers):
         name = quote_name(user.name)
@@ -5041,9 +6240,9 @@ class Hub:
         self.store = Store(settings.database)
         for hook in (authenticator, spawner, proxy):
             hook.settings = settings
-        spawner.check()
-        self.splicer = Splicer(settings.proxy_idle_timeout)
-        proxy.store, proxy.splicer = self.store, self.splicer
+        self.splicer = Splicer()
+        self.carrier = CarrierClient(settings, self.splicer)
+        proxy.store, proxy.carrier = self.store, self.carrier
         self.site = Site(settings, self.store)
         self.people = People(settings, self.store, authenticator)
         self.groups = Groups(self.store, self.people)
@@ -5053,39 +6252,40 @@ class Hub:
         life_cycle = LifeCycle(settings, self.store, self.site, self.tokens, self.routes, spawner)
         self.servers = Servers(settings, self.store, self.site, self.people, self.tokens, life_cycle)
         self.services = Services(settings, self.store, self.site, self.tokens)
-        self.ticker = Ticker(self.store, settings.tick_interval, self._jobs())
+        self.ticker = Ticker(self.store, settings.tick_interval, self._jobs(), heartbeat_of(settings))
         self.visitors = Visitors(settings, self.people, self.tokens, self.sign_in)
         self.shut_down = Shutdown(settings, self.store, self.servers, self.services, self.routes)
         self._entrance = Entrance(settings, self.site)
         self._passage = Passage(settings, self.tokens, authenticator.has_form)
         self._envelope = Envelope(self.store, self.visitors)
         self._pages = make_pages(self, self._envelope.make_app())
-        self._apply_settings()
+        self._begin()
 
     def _jobs(self):
         """The ticker's jobs, each with its interval in seconds."""
         yield 0, self.servers.observe_pending
         yield 1, self.services.supervise
         yield 1, self.servers.finish_deletions
+        yield 0, self.servers.launch_queued
         yield 5, self.routes.supervise
-        if self.settings.stop_with_hub:
-            yield 5, functools.partial(heartbeat, self.settings)
         yield 10, self.servers.observe_ready
         yield 60, self.tokens.purge
         yield 60, self.sign_in.purge
         yield math.inf, self.sign_in.announce_first_admin
 
+    def _begin(self):
+        self.servers.spawner.check()
+        self.store.prepare(self._apply_settings)
+
     def _apply_settings(self):
-        with self.store.connected():
-            self.people.admit_configured_admins()
-            self.services.register()
-        self.store.disconnect()
+        self.people.admit_configured_admins()
+        self.services.register()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """Answer from the user's server that the path belongs to, else from the hub's own pages and API."""
         environ = self._entrance.enter(environ)
         try:
-            with self.store.connected():
+            with host_of(environ).handling(), self.store.connected():
                 self._entrance.check(environ)
                 self.site.arrive(environ["minihub.visit"].mount)
                 self.ticker.start()
@@ -5100,9 +6300,10 @@ class Hub:
         if location := self._passage.redirect_of(environ, data):
             raise Redirect(location)
         visit = environ["minihub.visit"]
-        unavailable = unavailable_response(visit.mount, is_for_programs(HubRequest(environ), environ["PATH_INFO"]))
+        is_for_program = is_for_programs(environ, environ["PATH_INFO"])
+        refusals = [unavailable_response(visit.mount, is_for_program, why) for why in (NO_ANSWER, TOO_MANY_CONNECTIONS)]
         environ = self._passage.clear(environ, data)
-        return self.routes.proxy.forward(environ, start_response, target, visit.client, unavailable)
+        return self.routes.proxy.forward(environ, start_response, target, visit.client, *refusals)
 
     def wrap(self, application: Callable) -> Callable:
         """A WSGI application: this hub for `base_url` and hub/, user/ and services/ below it, else `application`."""
@@ -5136,20 +6337,20 @@ class Hub:
 
     def tick(self) -> bool:
         """Do what is due: look at servers, supervise services, clean up. False if another worker holds the lease."""
-        with self.store.connected():
-            return self.ticker.tick()
+        return self.ticker.tick()
 
     def close(self) -> None:
         """End the hub's threads in this process, its connections and a database in memory. Servers and services go on.
         A later request starts the threads again. Not for callbacks, which the threads themselves may run."""
         self.ticker.close()
+        self.carrier.close()
         self.splicer.close()
         self.store.close()
 
 
 class CommandLineHub(Hub):
-    def _apply_settings(self):
-        """Leave services and admins as they are: a shell may lack the settings of the hub that runs."""
+    def _begin(self):
+        """Leave services, admins and processes alone: a shell may lack the settings and rights of the hub that runs."""
 
 
 class Entrance:
@@ -5246,7 +6447,7 @@ class Envelope:
             resp.set_headers(error.headers or {})
         if isinstance(error, OAuthError):
             resp.media = {"error": error.error, "error_description": error.message}
-        elif is_api(req) or (req.path.startswith("/user/") and is_for_programs(req, req.path)):
+        elif is_api(req) or (req.path.startswith("/user/") and is_for_programs(req.env, req.path)):
             resp.media = {"status": shown.status, "message": shown.message}
         else:
             body = error_body(req.visit.mount, shown.message)
@@ -5264,10 +6465,8 @@ class Envelope:
             return shown
         req.visit.user, req.visit.is_user_known = None, True  # do not ask a database that may be away
         if isinstance(error, DatabaseTrouble):
-            log.error("the database does not answer: %s", error)
-            with contextlib.suppress(DatabaseTrouble):
-                self.store.disconnect()  # the next request may have more luck with another connection
-            return Unavailable(NO_DATABASE, retry_after=5)
+            self.store.note_trouble(error)
+            return Unavailable(REPLACED if str(error) == REPLACED else NO_DATABASE, retry_after=5)
         if isinstance(error, Overtaken):
             log.warning("%s %r was overtaken by another request", req.method, req.path, exc_info=error)
             return Conflict("Somebody else has changed this in the same moment. Look at it again")
@@ -5276,12 +6475,12 @@ class Envelope:
 
 
 @functools.lru_cache(64)  # every request for a server takes one along
-def unavailable_response(mount: Mount, is_for_program: bool) -> bytes:
-    """The whole response for a server that does not answer, sent where there is neither a worker nor the database."""
-    content_type, body = "application/json", json.dumps({"status": 503, "message": NO_ANSWER})
+def unavailable_response(mount: Mount, is_for_program: bool, message: str) -> bytes:
+    """The whole response for a request that no server answers, sent where there is no worker and no database."""
+    content_type, body = "application/json", json.dumps({"status": 503, "message": message})
     if not is_for_program:
-        content_type, body = "text/html", render_page(mount, "No answer", error_body(mount, NO_ANSWER))
-    return plain_response("503 Service Unavailable", content_type, body)
+        content_type, body = "text/html", render_page(mount, "No answer", error_body(mount, message))
+    return plain_response("503 Service Unavailable", content_type, body, [("Retry-After", "5")])
 
 
 class NonEmptyConverter(falcon.routing.BaseConverter):
@@ -5349,6 +6548,7 @@ def __getattr__(name):
     globals()["app"] = hub = Hub(**vars(Settings.from_environ()))
     hub.shut_down.owns_host = True
     hub.ticker.start_in_workers()
+    GunicornHost.watch_clients()
     return hub
 
 
@@ -5381,7 +6581,7 @@ def main(arguments: list[str] | None = None) -> int:
         hub = CommandLineHub(**vars(settings))
         with hub.store.connected():
             options.run(hub, options)
-    except (HubError, SettingError) as error:
+    except (HubError, SettingError, *DatabaseTrouble) as error:
         print(f"minihub: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import builtins
 import contextlib
 import dataclasses
 import functools
@@ -21,9 +22,9 @@ import http.server
 import itertools
 import io
 import json
+import math
 import os
 import re
-import resource
 import secrets
 import shlex
 import shutil
@@ -170,11 +171,23 @@ class Postgres:
         if os.geteuid() == 0:
             shutil.chown(folder, "nobody")
         self.run("initdb", "--auth=trust", "--no-sync", "--username=minihub", "--locale=C", "--encoding=UTF8")
+        self.start()
+        self.ask("CREATE DATABASE hub")
+        Hub(database=self.url("hub"), tick_interval=0).close()
+
+    def start(self):
         options = (f"-F -p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
                    " -c full_page_writes=off -c max_connections=300")
         self.run("pg_ctl", "--wait", "--log=log", f"--options={options}", "start")
-        self.ask("CREATE DATABASE hub")
-        Hub(database=self.url("hub"), tick_interval=0).close()
+
+    def stop(self):
+        self.run("pg_ctl", "--mode=immediate", "stop")
+
+    def send(self, number):
+        """Send a signal to all of its processes."""
+        postmaster = int((Path(self.folder) / "data" / "postmaster.pid").read_text().split()[0])
+        for pid in (postmaster, *children_of(postmaster)):
+            os.kill(pid, number)
 
     def run(self, program, *words):
         """Run one of PostgreSQL's programs."""
@@ -206,7 +219,7 @@ def postgres():
     with tempfile.TemporaryDirectory(prefix="minihub-postgres-") as folder:  # where its user may go, unlike tmp_path
         server = Postgres(folder)
         yield server
-        server.run("pg_ctl", "--mode=immediate", "stop")
+        server.stop()
 
 
 @pytest.fixture
@@ -325,7 +338,8 @@ def make_hub(spawner, tmp_path, make_database):
     def make(**settings):
         hook = spawner if spawner.settings is None else spawner.again()
         hub = Hub(**{"database": settings.get("database") or make_database(), "spawner": hook, "tick_interval": 0,
-                     "homes": str(tmp_path / "homes"), "run_dir": str(tmp_path / "run"), **settings})
+                     "isolation": "none", "homes": str(tmp_path / "homes"), "run_dir": str(tmp_path / "run"),
+                     **settings})
         hubs.append(hub)
         return hub
 
@@ -583,7 +597,7 @@ class LiveHub:
     def environ(self):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MINIHUB_")}
         named = {f"MINIHUB_{name.upper()}": str(value) for name, value in self.settings.items()}
-        return {**kept, "PYTHONPATH": str(HERE), **named}
+        return {**kept, "PYTHONPATH": str(HERE), "MINIHUB_ISOLATION": "none", **named}  # tests of uid say so
 
     @property
     def words(self):
@@ -635,10 +649,15 @@ class LiveHub:
         """The fact that the hub's database holds under that key."""
         return json.loads(self.rows(f"SELECT value FROM settings WHERE key = '{key}'")[0])
 
+    def table(self, query):
+        """The answer that the hub's database gives to a query."""
+        url = self.settings.get("database", f"sqlite:///{self.folder}/minihub.sqlite")
+        with contextlib.closing(minihub.database_from_url(url)) as database:
+            return database.execute_sql(query).fetchall()
+
     def rows(self, query):
-        """The first column of the answer that the hub's database gives to a query."""
-        with contextlib.closing(sqlite3.connect(self.folder / "minihub.sqlite")) as database:
-            return [row[0] for row in database.execute(query)]
+        """The first column of that."""
+        return [row[0] for row in self.table(query)]
 
     def workers(self):
         """The process ids of gunicorn's workers."""
@@ -726,7 +745,8 @@ def test_a_wrong_setting_stops_the_hub_with_one_sentence_that_names_it(make_hub,
 
 
 @pytest.mark.parametrize("url", [
-    "postgresql://me:secret@127.0.0.1:1/hub", "sqlite:////no/where/hub", "nonsense", "sqlite:///{tmp_path}/essay.txt"])
+    "postgresql://me:secret@127.0.0.1:1/", "postgresql://me:secret@127.0.0.1:x/hub", "sqlite:////no/where/hub",
+    "nonsense", "odd://host/hub", "sqlite:///{tmp_path}/essay.txt", "sqlite:///{tmp_path}"])
 def test_a_database_that_cannot_be_opened_stops_the_hub_and_its_password_is_not_shown(make_hub, tmp_path, url):
     (tmp_path / "essay.txt").write_text("Once upon a time" * 100)
     with pytest.raises(minihub.SettingError, match=r"^database: must be .* \(got '.*'\)$") as raised:
@@ -1154,7 +1174,7 @@ def test_a_forked_child_has_a_connection_of_its_own(tmp_path):
 def test_a_forked_child_leaves_the_in_memory_database_of_its_parent_alone(tmp_path):
     assert run_python(FORKING.replace("hub.sqlite", ":memory:").replace("os._exit(0)", "sys.exit(0)"), tmp_path,
                       TMPDIR=str(tmp_path)) == "['parent', 'child']"
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.name != "homes"] == []
 
 
 @pytest.mark.parametrize(("model", "row"), [
@@ -1201,6 +1221,139 @@ def test_a_database_of_a_newer_minihub_is_refused(make_hub, make_database):
         hub.store.set_fact("schema_version", minihub.SCHEMA_VERSION + 1)
     with pytest.raises(minihub.SettingError, match="written by a newer minihub"):
         make_hub(database=hub.settings.database)
+
+
+@pytest.mark.database("postgres")
+@pytest.mark.parametrize(("change", "problem"), [
+    (("hub_", "no_hub_"), 'database "no_hub_.*" does not exist'), (("minihub@", "eve@"), 'role "eve" does not exist'),
+    (("minihub@", "locked:secret@"), "password authentication failed")])
+def test_a_postgresql_that_refuses_the_hub_stops_it_with_a_sentence(make_hub, make_database, postgres, change, problem):
+    rules = Path(postgres.folder) / "data" / "pg_hba.conf"
+    trust = rules.read_text()
+    rules.write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{trust}")
+    postgres.ask("SELECT pg_reload_conf()")
+    url = make_database().replace(*change)
+    try:
+        with pytest.raises(minihub.SettingError, match=f"^database: must be usable: .*{problem}") as raised:
+            wait_for(lambda: make_hub(database=url).close())  # until the rules have been read again
+    finally:
+        rules.write_text(trust)
+    assert "secret" not in str(raised.value)
+
+
+class Unwell(LiveHub):
+    """A gunicorn that counts as started although its hub answers with 503."""
+
+    def health(self):
+        """The status of /hub/health, None if nobody answers."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.request("GET", "/hub/health").status
+
+    def is_up(self):
+        return self.health() in (200, 503)
+
+
+@pytest.mark.parametrize("options", [["-w", "1"], ["--threads", "4"]], ids=" ".join)
+@pytest.mark.database("postgres")
+def test_a_hub_whose_postgresql_is_away_or_hangs_says_so_and_lives_on(live, make_database, postgres, options):
+    url = make_database("template0")
+    postgres.stop()
+    try:
+        hub = live(*options, kind=Unwell, database=url, admins="root")
+        workers = hub.workers()
+        assert hub.health() == 503
+    finally:
+        postgres.start()
+    wait_for(lambda: hub.health() == 200)
+    token = hub.command("token", "root")  # whom the first request that found the database well has made an admin
+    postgres.send(signal.SIGSTOP)
+    try:
+        begin, asked = time.monotonic(), 8
+        answers = at_once(*[functools.partial(hub.api, "GET", "/users", token) for _ in range(asked)])
+        assert [status for status, _ in answers] == [503] * asked
+        assert time.monotonic() - begin < minihub.ANSWER_WAIT + minihub.CONNECT_WAIT + 3
+    finally:
+        postgres.send(signal.SIGCONT)
+    wait_for(lambda: hub.api("GET", "/users", token)[0] == 200)
+    assert hub.workers() == workers and "Traceback" not in hub.log.read_text()
+
+
+def test_a_hub_starts_though_its_database_is_locked_and_then_makes_its_admins(live, tmp_path):
+    Hub(database=f"sqlite:///{tmp_path}/minihub.sqlite", tick_interval=0).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "minihub.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        hub = live("-w", "2", kind=Unwell, admins="root")
+        assert hub.health() == 503
+    wait_for(lambda: hub.health() == 200)
+    assert hub.rows("SELECT name FROM users WHERE admin") == ["root"]
+
+
+@pytest.mark.database("sqlite")
+def test_a_hub_starts_though_the_disk_is_full_and_then_makes_its_admins(make_hub, make_database, monkeypatch):
+    def token_of_first():
+        with contextlib.suppress(*minihub.DatabaseTrouble):  # nobody tries again at once
+            return token_for(hub, names[0])
+
+    def open_full(url):
+        database = open_database(url)
+        database._pragmas.append(("max_page_count", 1))  # not one page more than there are
+        return database
+
+    url, open_database = make_database(), minihub.open_database
+    make_hub(database=url).close()
+    monkeypatch.setattr(minihub, "open_database", open_full)
+    names = [f"admin{number}" for number in range(500)]
+    hub = make_hub(database=url, admins=names)
+    assert Api(hub)("GET", "/user", status=503).json == error(503, minihub.NO_DATABASE)
+    monkeypatch.undo()
+    hub.store._databases.clear()
+    assert len(Api(hub, wait_for(token_of_first))("GET", "/users").json) == 500
+
+
+@pytest.mark.parametrize("options", [["-w", "2"], ["-w", "2", "--threads", "4", "--preload"]], ids=" ".join)
+def test_a_database_file_that_is_deleted_or_replaced_is_noticed_and_not_made_anew(live, tmp_path, options):
+    hub, path, aside = live(*options, admins="root"), tmp_path / "minihub.sqlite", tmp_path / "aside"
+    token = hub.command("token", "root")
+
+    def is_said_by_all():
+        answers = [hub.api("GET", "/users", token) for _ in range(20)]
+        assert {status for status, _ in answers} == {503}
+        assert {body["message"] for _, body in answers} == {minihub.REPLACED}
+        return True
+
+    path.rename(aside)
+    assert is_said_by_all()
+    old = hub.workers()
+    os.kill(old[0], signal.SIGKILL)
+    wait_for(lambda: len(hub.workers()) == 2 and old[0] not in hub.workers())
+    wait_for(lambda: hub.api("GET", "/users", token)[0] == 503 and is_said_by_all())
+    assert not path.exists()
+    shutil.copy(aside, path)
+    assert is_said_by_all()
+    failed = subprocess.run([sys.executable, "-m", "minihub", "token", "root"], cwd=tmp_path, env=hub.environ,
+                            capture_output=True, text=True)
+    assert (failed.returncode, failed.stdout) == (1, "") and minihub.REPLACED in failed.stderr
+    assert 2 <= hub.log.read_text().count(minihub.REPLACED) <= 6  # once for each worker, not for each request
+    aside.replace(path)
+    wait_for(lambda: {hub.api("GET", "/users", token)[0] for _ in range(20)} == {200})
+    hub.stop()
+    path.unlink()
+    hub.start()
+    assert hub.api("GET", "/users", token)[0] == 403  # a hub that starts may begin anew
+
+
+def test_while_sqlite_is_locked_requests_that_only_read_are_answered_at_once(live, tmp_path):
+    hub = start_mocked(live, tmp_path, activity_resolution=0)  # so that each request tries to record activity
+    hub.start_server("ada", hub.token)
+    with contextlib.closing(sqlite3.connect(tmp_path / "minihub.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        begin = time.monotonic()
+        for _ in range(5):
+            assert hub.api("GET", "/users/ada", hub.token)[0] == 200
+            assert hub.request("GET", "/user/ada/").body == b"mock"
+        report = {"last_activity": minihub.isoformat(minihub.now())}
+        assert hub.api("POST", "/users/ada/activity", hub.token, report)[0] == 503  # it will be sent again
+        assert time.monotonic() - begin < 5
 
 
 #: The tables of minihub 0.1.0, their unique indexes, and rows in all of them; OLD_TYPES spells out what is short here.
@@ -1364,7 +1517,7 @@ def test_workers_that_start_at_the_same_moment_upgrade_once(old, caplog):
 
 
 ########################################################################################################
-# 5. Authenticators
+# 5. Authenticators and isolation
 ########################################################################################################
 
 
@@ -1547,6 +1700,181 @@ def test_an_old_sign_in_link_is_invalid_where_the_site_signs_people_in(hub, make
     assert "People sign in at the site that this hub is a part of" in page.html.find(role="alert").text
 
 
+HUB_ACCOUNT = 59999  # the system user of the hubs that are not root's, and nobody else's
+STUDENTS = 70000
+RIGHTS = "-all,+setuid,+setgid,+setpcap,+chown,+kill"  # those of the README's systemd unit
+
+#: How a hub is started whose servers are kept apart, and the isolation that it then finds to be the best.
+AS_ORDINARY_USER = ["setpriv", f"--reuid={HUB_ACCOUNT}", f"--regid={HUB_ACCOUNT}", "--clear-groups"]
+WITH_CAPABILITIES = [*AS_ORDINARY_USER, f"--inh-caps={RIGHTS}", f"--ambient-caps={RIGHTS}", f"--bounding-set={RIGHTS}"]
+WAYS = {"root": ([], "uid"), "capabilities": (WITH_CAPABILITIES, "uid"), "sandbox": (AS_ORDINARY_USER, "bubblewrap")}
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root")
+
+
+@pytest.fixture
+def open_folder():
+    """A folder where all users may pass, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(prefix="minihub-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def chosen(folder, **settings):
+    """The isolation that a hub in this folder would choose."""
+    return minihub.choose_isolation(Settings(**{"cmd": "/bin/sh", "homes": f"{folder}/homes",
+                                                "run_dir": f"{folder}/run", **settings}))
+
+
+@needs_root
+def test_the_best_isolation_that_works_is_chosen_by_trying_it(open_folder):
+    isolation = chosen(open_folder)
+    assert (isolation.name, isolation.notice) == (
+        "uid", "isolation: uid. Each user's servers run as a system account of the user's own")
+    assert [path.name for path in open_folder.rglob("*")] == ["homes", ".run", "70000"]
+
+
+@needs_root
+@pytest.mark.parametrize("spoil, settings, reason", [
+    (lambda folder, patch: folder.chmod(0o700), {}, "{folder} is closed to the users' accounts (chmod o+x {folder})"),
+    (lambda folder, patch: None, {"cmd": "{folder}/closed/program"},
+     "the users' accounts cannot run {folder}/closed/python: {folder}/closed is closed to them (chmod o+x, or install"),
+    (lambda folder, patch: patch.setattr(minihub, "is_mapped", lambda number: number < 65536), {},
+     "this container has no account 70001: set first_uid to a number that is in /proc/self/uid_map and in"),
+    (lambda folder, patch: None, {"first_uid": 65534}, "the account 65534 is in use: set first_uid to a number of"),
+    (lambda folder, patch: patch.setattr(minihub, "tool", {"prlimit": "/bin/prlimit"}.get), {},
+     "setpriv is missing: install util-linux"),
+    (lambda folder, patch: patch.setattr(minihub.os, "chown", refuse_chown), {},
+     "[Errno 1] Operation not permitted. If the homes are on NFS: export them with no_root_squash, or keep them on a"),
+    (lambda folder, patch: None, {"homes": "{folder}/" + "x" * 40}, "homes must be a path of at most 40 characters"),
+    (lambda folder, patch: None, {"open_file_limit": 2 ** 40}, "prlimit: failed to set the NOFILE resource limit")])
+def test_where_accounts_do_not_work_the_start_says_what_to_do(open_folder, monkeypatch, spoil, settings, reason):
+    (open_folder / "closed").mkdir(mode=0o700)
+    (open_folder / "closed" / "program").write_text(f"#!{open_folder}/closed/python\n")
+    (open_folder / "closed" / "program").chmod(0o755)
+    settings = {name: value.format(folder=open_folder) if isinstance(value, str) else value
+                for name, value in settings.items()}
+    spoil(open_folder, monkeypatch)
+    reason = reason.format(folder=open_folder)
+    with pytest.raises(minihub.SettingError, match="^isolation: must be possible on this machine. uid is not possible: "
+                       + re.escape(reason)):
+        chosen(open_folder, isolation="uid", **settings)
+    if "open_file_limit" not in settings:
+        isolation = chosen(open_folder, **settings)
+        assert isolation.name == "none" and f". uid is not possible: {reason}" in isolation.notice
+
+
+def refuse_chown(*args, **options):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("settings, problem", [
+    ({"isolation": "chroot"}, "isolation: must be auto, uid, bubblewrap or none (got 'chroot')"),
+    ({"mem_limit": "much"}, "mem_limit: must be a number with K, M, G or T behind it (got 'much')"),
+    ({"mem_limit": "2"}, "mem_limit: must be a number with K, M, G or T behind it (got '2')"),
+    ({"cpu_priority": 20}, "cpu_priority: must be 0 to 19 (got 20)"),
+    ({"isolation": "none", "process_limit": 9, "spawner": "subprocess"},
+     "isolation: must be possible on this machine. none is not possible: process_limit needs isolation uid or"
+     " bubblewrap (got 'none')")])
+def test_a_limit_that_cannot_be_kept_stops_the_hub(make_hub, settings, problem):
+    with pytest.raises(minihub.SettingError) as raised:
+        make_hub(**settings)
+    assert str(raised.value) == problem
+
+
+@pytest.mark.parametrize("size, count", [
+    ("", 0), ("512M", 2 ** 29), ("1.5g", 3 * 2 ** 29), ("4K", 4096), ("1T", 2 ** 40)])
+def test_a_size_is_read(size, count):
+    assert minihub.bytes_of(size) == count
+
+
+@pytest.mark.parametrize("path, value, remedy", [
+    ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids it, as in Ubuntu 24.04. Give"),
+    ("/proc/sys/kernel/unprivileged_userns_clone", "0", "Allow it: sysctl kernel.unprivileged_userns_clone=1"),
+    ("/proc/sys/user/max_user_namespaces", "0", "Allow it: sysctl user.max_user_namespaces=15000"),
+    ("/nowhere", "", "In Docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined")])
+def test_where_sandboxes_are_forbidden_the_remedy_is_named(monkeypatch, tmp_path, path, value, remedy):
+    files = {path: value, "/proc/sys/user/max_user_namespaces": "9", **{path: value}}
+    monkeypatch.setattr(minihub.Path, "read_text", lambda self: files.get(str(self), "?"))
+    isolation = minihub.BubblewrapIsolation(Settings(isolation="bubblewrap"))
+    said = "bwrap: setting up uid map: Permission denied"
+    assert isolation._remedy(said).startswith(f"{said}. {remedy}")
+
+
+@needs_root
+def test_an_account_that_somebody_has_is_not_given(open_folder, monkeypatch):
+    isolation = minihub.UidIsolation(Settings(first_uid=61200, homes=f"{open_folder}/homes"))
+    assert isolation.free_uid(0) == 65536
+    (open_folder / "homes").mkdir()
+    (open_folder / "homes" / "old").mkdir()
+    os.chown(open_folder / "homes" / "old", 65537, 65537)
+    monkeypatch.setattr(minihub, "is_account", lambda number: number == 65536)
+    assert isolation.free_uid(0) == 65538
+    monkeypatch.setattr(minihub, "is_mapped", lambda number: number < 65536)
+    with pytest.raises(RuntimeError, match="There are no more accounts for users: 65538 is none in this container"):
+        isolation.free_uid(65538)
+
+
+@pytest.mark.parametrize("name, login", [
+    ("ada", "ada"), ("ada@school.example", "ada_school.example"), ("9b", "_9b"), ("-x", "_-x"), ("ünï 名", "_n___")])
+def test_a_login_name_is_a_short_word(name, login):
+    isolation = minihub.UidIsolation(Settings())
+    assert isolation.login_name(minihub.User(name=name)) == login
+    assert len(isolation.login_name(minihub.User(name="x" * 200))) == 32
+
+
+@needs_root
+def test_a_program_that_may_ask_nobody_who_comes_is_refused_where_users_are_kept_apart(processes, open_folder):
+    folders = {"homes": f"{open_folder}/homes", "run_dir": f"{open_folder}/run"}
+    spawner, launch = processes("sleep 60 {port}", isolation="uid", **folders), launch_of()
+    launch.user.uid = 70001
+    with pytest.raises(RuntimeError, match="^sleep may not ask visitors who they are, and every user's programs can"):
+        spawner.start(launch)
+    assert not (open_folder / "homes" / "ada").exists()
+
+
+@needs_root
+def test_a_home_of_another_account_is_not_handed_over(processes, open_folder):
+    folders = {"homes": f"{open_folder}/homes", "run_dir": f"{open_folder}/run"}
+    spawner, launch = processes("sleep 60 {port}", isolation="uid", cmd_has_sign_in=True, **folders), launch_of()
+    launch.user.uid = 70001
+    home = spawner.home(launch)
+    home.mkdir(parents=True)
+    os.chown(home, 70009, 70009)
+    with pytest.raises(RuntimeError, match="belongs to the account 70009, not to ada's own, 70001. If it is ada's"):
+        spawner.start(launch)
+
+
+UNIT = re.search(r"```ini\n(.*?)```", README, re.DOTALL)[1]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="apt-get install systemd")
+def test_the_readmes_systemd_unit_is_valid(tmp_path):
+    unit = tmp_path / "minihub.service"
+    program = "/srv/minihub/.venv/bin/gunicorn"
+    assert program in UNIT
+    unit.write_text(UNIT.replace(program, "/bin/true").replace("User=minihub", "User=daemon"))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "minihub" in line]) == (0, [])
+
+
+def test_the_readmes_systemd_unit_has_the_capabilities_of_the_tests_and_no_more():
+    rights = {f"CAP_{name[1:].upper()}" for name in RIGHTS.split(",")[1:]}
+    lines = dict(line.split("=", 1) for line in UNIT.splitlines() if "=" in line and "Environment" not in line)
+    assert set(lines["AmbientCapabilities"].split()) == set(lines["CapabilityBoundingSet"].split()) == rights
+
+
+@needs_root
+def test_a_service_of_another_user_has_that_users_groups_and_no_capability():
+    words = minihub.as_system_user("nobody")
+    status = subprocess.run([*words, "cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"(\w+):[ \t]*(.*)", status))
+    assert [fields[name].split() for name in ("Uid", "Gid", "Groups")] == [["65534"] * 4, ["65534"] * 4, ["65534"]]
+    assert [fields[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")] == ["0" * 16] * 4
+    with pytest.raises(KeyError):
+        minihub.as_system_user("no such user")
+
+
 ########################################################################################################
 # 6. Spawners
 ########################################################################################################
@@ -1557,7 +1885,7 @@ def processes(tmp_path):
     """Makes SubprocessSpawners, all of whose processes are gone afterwards: `processes("sleep 60")`."""
     def make(cmd, **settings):
         spawner, folders = minihub.SubprocessSpawner(), {"homes": f"{tmp_path}/homes", "run_dir": f"{tmp_path}/run"}
-        spawner.settings = Settings(**{"cmd": cmd, **folders, **settings})
+        spawner.settings = Settings(**{"cmd": cmd, "isolation": "none", **folders, **settings})
         return spawner
 
     yield make
@@ -1746,8 +2074,7 @@ def test_a_stop_escalates_until_the_whole_process_group_is_gone(processes, tmp_p
 
 
 def test_signals_blocked_in_the_starting_thread_reach_the_server(processes, tmp_path, monkeypatch):
-    start = subprocess.Popen  # /bin/sh may unblock them itself, bash does not
-    monkeypatch.setattr(minihub.subprocess, "Popen", lambda words, **how: start(["/bin/bash", *words[1:]], **how))
+    monkeypatch.setattr(minihub, "PREPARE", minihub.PREPARE.replace("/bin/sh", "/bin/bash"))  # /bin/sh may unblock them
     (tmp_path / "server.py").write_text(SIGNALLED)
     spawner = processes(f"{sys.executable} {tmp_path / 'server.py'} polite")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -1807,8 +2134,8 @@ def test_a_process_id_that_a_student_has_forged_is_not_believed(processes, tmp_p
 def test_with_now_a_server_is_killed_at_once_which_needs_no_readable_exit_status(processes, make):
     spawner, launch = processes("sleep 60 {port}"), launch_of()
     state = spawner.start(launch)
-    spawner.stop(state, now=True)
     make(Path(f"{state['run']}.exit"))
+    spawner.stop(state, now=True)
     assert ends_with(spawner, state) == -9
 
 
@@ -1841,15 +2168,426 @@ def test_a_server_whose_port_has_been_taken_gets_another(make_hub, tmp_path, lin
     assert (len(set(ports)), server.attempts, server.target) == (2, 2, f"http://127.0.0.1:{ports[1]}")
 
 
-def test_servers_end_with_the_hub_if_that_is_set_and_not_before(live, tmp_path):
-    hub = start_echo(live, tmp_path, stop_with_hub="yes")
-    pid = json.loads(hub.rows("SELECT state FROM servers WHERE status = 'ready'")[0])["pid"]
-    beat = tmp_path / "run" / "heartbeat"
-    before = beat.stat().st_mtime
-    wait_for(lambda: beat.stat().st_mtime > before, message="no heartbeat")
-    hub.stop()
-    os.utime(beat, (0, 0))
-    wait_for(lambda: minihub.process_identity(pid) is None)
+def test_the_shipped_ladder_of_signals_ends_in_a_kill(processes, tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text(SIGNALLED)
+    spawner = processes(f"{sys.executable} {tmp_path / 'server.py'} stubborn")
+    state, monotonic = spawner.start(launch_of()), time.monotonic
+    wait_for(lambda: "ready" in spawner.log_tail(state))
+    for passed in (0, 6, 11):
+        monkeypatch.setattr(minihub.time, "monotonic", lambda: monotonic() + passed)
+        state = spawner.stop(state)
+    assert ends_with(spawner, state) == -9
+
+
+def test_a_stop_escalates_whatever_clock_its_beginning_was_noted_by(processes, tmp_path):
+    (tmp_path / "server.py").write_text(SIGNALLED)
+    spawner = processes(f"{sys.executable} {tmp_path / 'server.py'} polite")
+    state = {**spawner.start(launch_of()), "asked_to_stop": time.time() + 7200}  # as 0.1.0 did
+    wait_for(lambda: "ready" in spawner.log_tail(state))
+    assert ends_with(spawner, spawner.stop(state)) == 0
+
+
+#: A spawner for whose processes a minute takes three seconds, as every other wait for somebody else is shorter.
+HASTY_SPAWNER = """
+import minihub
+from minihub import SubprocessSpawner as Spawner
+
+minihub.SUPERVISE = minihub.SUPERVISE.replace("sleep 5", "sleep .25").replace("sleep 10", "sleep 1")
+minihub.SQLITE_WAIT = 1
+"""
+#: A command that does not mind SIGTERM.
+STUBBORN = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
+
+
+def start_hasty(live, folder, *options, **settings):
+    """A gunicorn with that spawner, where ada's server and the service `idle` run, and the process ids of the two."""
+    (folder / "hasty.py").write_text(HASTY_SPAWNER)
+    services = json.dumps([{"name": "idle", "command": STUBBORN}])
+    hub = start_mocked(live, folder, *options, **{"spawner": "hasty:Spawner", "services": services, **settings})
+    hub.start_server("ada", hub.token)
+    return hub, [pid_of(hub), wait_for(lambda: hub.api("GET", "/services/idle", hub.token)[1]["pid"])]
+
+
+def are_running(pids):
+    return [minihub.process_identity(pid) is not None for pid in pids]
+
+
+@pytest.mark.parametrize("options", [["-w", "2"], ["--threads", "4"]], ids=" ".join)
+def test_servers_and_services_end_with_the_hub_and_not_with_its_database(live, tmp_path, options):
+    hub, pids = start_hasty(live, tmp_path, *options, stop_with_hub="yes")
+    with contextlib.closing(sqlite3.connect(tmp_path / "minihub.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        end = time.monotonic() + 7  # two of their minutes
+        while time.monotonic() < end:
+            os.utime(tmp_path / "run" / "heartbeat", (0, 0))  # as when the machine has slept, or the clock was set
+            time.sleep(0.7)
+            assert are_running(pids) == [True, True]
+    kill_all(hub)
+    wait_for(lambda: are_running(pids) == [False, False])
+
+
+@functools.cache
+def obstacle(way):
+    """Why servers cannot be kept apart in this way on the machine that runs the tests, "" if they can."""
+    if os.geteuid():
+        return "run the tests as root"
+    if way == "sandbox" and not shutil.which("bwrap"):
+        return "apt-get install bubblewrap"
+    script = 'test -r "$1" && "$0" -c ""'  # by a shell: setpriv itself still has its rights when it runs that
+    words = [*AS_ORDINARY_USER, "sh", "-c", script, sys.executable, f"{HERE}/minihub.py"]
+    if subprocess.run(words, capture_output=True, cwd="/").returncode:
+        return f"let ordinary users read {sys.executable} and {HERE}"
+    sandbox = [*AS_ORDINARY_USER, "bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc"]
+    if way == "sandbox" and subprocess.run([*sandbox, "true"], capture_output=True).returncode:
+        return "this machine forbids user namespaces"
+    return ""
+
+
+#: A server that runs what it gets, as a terminal would: `POST` with a shell script.
+SHELL_SERVER = """
+import http.server, json, os, subprocess, sys
+os.dup2(1, 9)
+class Shell(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        script = self.rfile.read(int(self.headers["Content-Length"]))
+        done = subprocess.run(["/bin/sh"], input=script, capture_output=True, timeout=60, pass_fds=[9])
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([done.returncode, (done.stdout + done.stderr).decode(errors="replace")]).encode())
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Shell).serve_forever()
+"""
+
+
+class ApartHub(LiveHub):
+    """A gunicorn whose servers are kept apart, in a folder that is its own."""
+
+    def __init__(self, folder, way, *options, **settings):
+        shell = f"{sys.executable} -c {shlex.quote(SHELL_SERVER)} {{port}}"
+        super().__init__(folder, *options, **{"isolation": "auto", "admins": "root", "cmd": shell,
+                                              "cmd_has_sign_in": "yes", **settings})
+        self.prefix_words, self.kind = WAYS[way]
+        self.tokens = {}
+        folder.chmod(0o711)
+        self.log.touch(0o600)
+        if self.prefix_words:
+            os.chown(self.log, HUB_ACCOUNT, HUB_ACCOUNT)
+            os.chown(folder, HUB_ACCOUNT, HUB_ACCOUNT)
+
+    @property
+    def words(self):
+        return [*self.prefix_words, *super().words]
+
+    def command(self, *words):
+        return subprocess.run([*self.prefix_words, sys.executable, "-m", "minihub", *words], cwd=self.folder, text=True,
+                              env=self.environ, check=True, capture_output=True).stdout.strip()
+
+    def admit(self, name, server=""):
+        """Start a server of a user, who is new at the first."""
+        if name not in self.tokens:
+            self.command("link", name)
+            self.tokens[name] = self.command("token", name)
+        self.start_server(name, self.tokens[name], f"servers/{server}" if server else "server")
+
+    def run(self, name, script, server=""):
+        """The exit status and the output of a script that a student runs in a terminal."""
+        path = f"/user/{name}/{server}/" if server else f"/user/{name}/"
+        answer = self.request("POST", path, script, {"Authorization": f"token {self.tokens[name]}"})
+        assert answer.status == 200, answer.body
+        return json.loads(answer.body)
+
+    def account(self, name):
+        """The user's numeric account, None for one who has none."""
+        return self.rows(f"SELECT uid FROM users WHERE name = '{name}'")[0]
+
+    def state(self, name, server=""):
+        """What the hub knows of a server's process."""
+        return json.loads(self.rows("SELECT servers.state FROM servers JOIN users ON users.id = user_id"
+                                    f" WHERE users.name = '{name}' AND servers.name = '{server}'")[0])
+
+    def stop_server(self, name, server=""):
+        """Stop a server, and wait until it has ended."""
+        self.api("DELETE", f"/users/{name}/{f'servers/{server}' if server else 'server'}", self.tokens[name])
+        wait_for(lambda: server not in self.api("GET", f"/users/{name}", self.tokens[name])[1]["servers"], 30,
+                 "it does not stop")
+
+
+@contextlib.contextmanager
+def starting_apart(way):
+    """Starts hubs, one after the other in the same folder, whose servers are kept apart in this way."""
+    if problem := obstacle(way):
+        pytest.skip(problem)
+    hubs = []
+
+    def start(*options, **settings):
+        hubs.append(ApartHub(Path(folder), way, *options, **settings))
+        return hubs[-1].start()
+
+    with tempfile.TemporaryDirectory(prefix="minihub-") as folder:  # where others may pass, unlike tmp_path
+        yield start
+        for hub in hubs:
+            hub.stop_all()
+        for pid in processes_of(*STUDENT_ACCOUNTS, HUB_ACCOUNT):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(params=WAYS, scope="module")
+def apart(request):
+    """A hub whose servers are kept apart, the same one for all tests; each has users of its own."""
+    with starting_apart(request.param) as start:
+        yield start(stop_with_hub="yes")
+
+
+STUDENT_ACCOUNTS = range(STUDENTS + 1, STUDENTS + 10)
+
+
+def processes_of(*accounts):
+    """The processes of these accounts."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid in accounts and minihub.process_identity(pid):
+                found.append(pid)
+    return found
+
+
+def marked(word):
+    """The processes with that word on their command line."""
+    found = subprocess.run(["pgrep", "-f", word], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split() if minihub.process_identity(int(pid))]
+
+
+#: What a student tries, each of which must fail; {bob}, {hub} and {guard}, her own supervisor, are process ids.
+ATTACKS = {
+    "read a neighbour's file": "cat {folder}/homes/bob/diary", "list a neighbour's home": "ls {folder}/homes/bob",
+    "write there": "echo x >>{folder}/homes/bob/diary", "make a file there": "touch {folder}/homes/bob/new",
+    "list the homes": "ls {folder}/homes | grep .bob", "replace her home": "mv {folder}/homes/ada {folder}/homes/eve",
+    "read the database": "cat {folder}/minihub.sqlite",
+    "write the database": "dd if=/dev/null conv=nocreat of={folder}/minihub.sqlite",
+    "read the hub's log": "cat {folder}/hub.log", "see the logs": "ls {folder}/run/ada",
+    "forge an exit status": "echo 0 >{folder}/run/ada/server@1.exit",
+    "touch the heartbeat": "touch {folder}/run/heartbeat",
+    "signal the neighbour": "kill -0 {bob}", "signal the hub": "kill -0 {hub}",
+    "signal her supervisor": "kill -0 {guard}", "kill her supervisor": "kill -KILL {guard}",
+    "read the neighbour's environment": "cat /proc/{bob}/environ", "read the hub's": "cat /proc/{hub}/environ",
+    "read her supervisor's": "cat /proc/{guard}/environ", "see the neighbour's files": "ls /proc/{bob}/fd/",
+    "read the neighbour's memory": "head -c 1 /proc/{bob}/mem", "go home by the neighbour": "ls /proc/{bob}/root/",
+    "trace the neighbour": '{python} -c "import ctypes; exit(ctypes.CDLL(None).ptrace(16, {bob}, 0, 0) != 0)"',
+    "become root": "setpriv --reuid=0 true", "become the neighbour": "setpriv --reuid={neighbour} true",
+    "raise a limit": "prlimit --nofile=1000000:1000000 true",
+}
+
+
+def test_a_student_with_a_terminal_gets_at_nothing_of_a_neighbour_or_the_hub(apart):
+    hub = apart
+    for name in ("ada", "bob"):
+        hub.admit(name)
+    assert hub.run("bob", "echo dear diary >diary; cat diary; stat -c %a .") == [0, "dear diary\n700\n"]
+    server = int(hub.run("bob", "cat /proc/$PPID/stat")[1].split()[0])
+    if hub.kind == "bubblewrap":  # where bob's process has another id for itself
+        server = next(pid for pid in marked("ThreadingHTTP") if "/homes/bob" in os.readlink(f"/proc/{pid}/cwd"))
+    values = {"folder": hub.folder, "bob": server, "hub": hub.workers()[0], "guard": hub.state("ada")["pid"],
+              "python": sys.executable, "neighbour": hub.account("bob")}
+    done = {name: hub.run("ada", script.format(**values)) for name, script in ATTACKS.items()}
+    assert {name: result for name, result in done.items() if not result[0]} == {}
+    status = dict(re.findall(r"(\w+):[ \t]*(.*)", hub.run("ada", "cat /proc/$PPID/status")[1]))
+    assert [status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == ["0" * 16] * 5
+    assert status["NoNewPrivs"] == "1"
+    if hub.kind == "uid":
+        own = [str(hub.account("ada"))] * 4
+        assert [status[name].split() for name in ("Uid", "Gid", "Groups")] == [own, own, []]
+    else:
+        assert hub.run("ada", f"ls {hub.folder} {hub.folder}/homes; ls /proc | grep -c '^[0-9]'")[1].split()[:-1] == [
+            f"{hub.folder}:", "homes", f"{hub.folder}/homes:", "ada"]
+    assert hub.run("bob", "cat diary") == [0, "dear diary\n"]
+
+
+#: Leaves the process group, the session, the parent and the environment behind.
+ESCAPE = "setsid env -i sh -c '(exec {sleep}) & (trap \"\" INT TERM HUP; exec {sleep}) &' >/dev/null 2>&1 </dev/null"
+
+
+def sleeper():
+    """A command that sleeps, which pgrep knows from all others."""
+    return f"sleep {secrets.randbelow(10 ** 9) + 10 ** 9}"
+
+
+def test_stopping_a_server_ends_what_has_left_its_session_and_no_other_server_of_the_person(apart):
+    hub, sleep, other = apart, sleeper(), sleeper()
+    for server in ("", "two"):
+        hub.admit("carl", server)
+    hub.run("carl", ESCAPE.format(sleep=sleep))
+    hub.run("carl", ESCAPE.format(sleep=other), "two")
+    wait_for(lambda: len(marked(sleep)) == len(marked(other)) == 2)
+    hub.stop_server("carl")
+    assert (marked(sleep), len(marked(other))) == ([], 2)
+    assert hub.run("carl", "echo here", "two") == [0, "here\n"]
+    hub.stop_server("carl", "two")
+    assert marked(other) == []
+
+
+#: Processes each of which forks, leaves the session and ends, without end.
+FLEETING = """
+import os, time
+end = time.monotonic() + 60
+for _ in range(3):
+    os.fork()
+while time.monotonic() < end:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    open("beat", "w").close()
+"""
+
+
+def test_processes_that_fork_all_the_time_end_with_their_server(apart):
+    hub = apart
+    for server in ("", "two"):
+        hub.admit("hugo", server)
+    hub.run("hugo", f"(exec {sys.executable} -c {shlex.quote(FLEETING)}) >/dev/null 2>&1 &")
+    beat = hub.folder / "homes" / "hugo" / "beat"
+    wait_for(beat.exists)
+    hub.stop_server("hugo")
+    last = beat.stat().st_mtime_ns
+    assert hub.run("hugo", "sleep 0.5; echo here", "two") == [0, "here\n"]
+    assert beat.stat().st_mtime_ns == last
+    hub.stop_server("hugo", "two")
+
+
+def test_killing_a_supervisor_ends_all_it_supervised_before_another_server_starts(apart):
+    hub, sleep = apart, sleeper()
+    hub.admit("dora")
+    hub.run("dora", ESCAPE.format(sleep=sleep))
+    wait_for(lambda: len(marked(sleep)) == 2)
+    os.kill(hub.state("dora")["pid"], signal.SIGKILL)
+    hub.admit("dora")
+    assert marked(sleep) == []
+
+
+def test_a_log_cannot_be_truncated_and_does_not_grow_without_end(apart):
+    hub = apart
+    hub.admit("emil")
+    log = hub.folder / "run" / "emil" / "server.log"
+    status, said = hub.run("emil", f"echo first >&9; {sys.executable} -c 'import os; os.ftruncate(9, 0)'")
+    assert (status, said.splitlines()[-1]) == (1, "OSError: [Errno 22] Invalid argument")
+    hub.run("emil", "timeout 2 cat /dev/zero >&9")
+    with open(log, "rb") as file:
+        assert b"first\n" in file.read(4096) and os.fstat(file.fileno()).st_size <= 2 ** 25
+    assert hub.run("emil", "echo goes on") == [0, "goes on\n"]
+
+
+def test_a_user_gets_an_account_once_and_nobody_gets_it_again(apart):
+    hub = apart
+    hub.admit("fred")
+    if hub.kind != "uid":
+        assert hub.account("fred") is None
+        return
+    first = hub.account("fred")
+    hub.stop_server("fred")
+    hub.admit("fred")
+    assert hub.account("fred") == first > STUDENTS
+    hub.stop_server("fred")
+    assert hub.api("DELETE", "/users/fred", hub.command("token", "root"))[0] == 204
+    wait_for(lambda: not hub.rows("SELECT id FROM users WHERE name LIKE 'fred%'"))
+    del hub.tokens["fred"]
+    hub.admit("fred")
+    assert hub.account("fred") > first
+
+
+def test_names_of_all_kinds_can_work(apart):
+    hub = apart
+    hub.admit("ada@school.example")
+    status, said = hub.run("ada@school.example", "echo $USER $LOGNAME; cd; pwd; touch it")
+    assert (status, said) == (0, f"ada_school.example ada_school.example\n{hub.folder}/homes/ada@school.example\n")
+
+
+@pytest.mark.parametrize("way", ["root", "capabilities"])
+def test_homes_of_an_older_hub_are_handed_over_once_without_following_links(way):
+    with starting_apart(way) as apart:
+        hub = apart(isolation="none")
+        hub.admit("ada")
+        hub.run("ada", f"mkdir work; echo x >work/essay; ln {hub.folder}/minihub.sqlite stolen;"
+                f" ln -s {hub.folder} folder; ln -s {hub.folder}/hub.log log; mkfifo pipe; touch read; chmod 000 read")
+        hub.stop()
+        token, hub = hub.tokens["ada"], apart()
+        hub.tokens["ada"] = token
+        status, answer = hub.api("POST", "/users/ada/servers/two", token)
+        failure = "RuntimeError: The home is to be handed over to an account of the user's own. Stop all servers"
+        assert status == 500 and failure in answer["message"]
+        hub.stop_server("ada")
+        hub.admit("ada")
+        home, own = hub.folder / "homes" / "ada", STUDENTS + 1
+        owners = {str(path.relative_to(home)): path.lstat().st_uid for path in home.rglob("*")}
+        before = hub.folder.stat().st_uid
+        assert owners == {"work": own, "work/essay": own, "folder": own, "log": own, "pipe": own, "read": own,
+                          "stolen": before}
+        assert {path.stat().st_uid for path in (hub.log, hub.folder / "minihub.sqlite")} == {before}
+        assert hub.run("ada", "cat work/essay; echo y >>work/essay") == [0, "x\n"]
+
+
+#: The supervisor of minihub 0.1.0, whose servers may run while the hub is upgraded.
+SUPERVISE_0_1_0 = """
+set -C; echo "$$ $1" >"$0.pid" || exit 125
+beat=$2; shift 2
+trap : INT TERM HUP
+"$@"
+echo $? >"$0.exit"
+kill -KILL 0
+"""
+
+
+@pytest.fixture
+def old_server(processes, tmp_path):
+    """A server that 0.1.0 has started: its spawner of today, launch, and old state."""
+    launch = launch_of()
+    spawner = processes("sleep 60")
+    run = tmp_path / "run" / "ada" / f"server@{launch.id}"
+    run.parent.mkdir(parents=True)
+    server = ["sh", "-c", "trap 'exit 7' INT; echo up; while :; do sleep 0.1; done"]
+    words = ["/bin/sh", "-c", SUPERVISE_0_1_0, str(run), "http://127.0.0.1:1", "", *server]
+    with open(tmp_path / "run" / "ada" / "server.log", "wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+    state = {"pid": process.pid, "identity": minihub.process_identity(process.pid), "run": str(run),
+             "target": "http://127.0.0.1:1"}
+    threading.Thread(target=process.wait, daemon=True).start()
+    wait_for(lambda: spawner.log_tail(state) == "up")
+    return spawner, launch, state
+
+
+@pytest.mark.parametrize("now, status", [(False, 7), (True, -9)])
+def test_a_server_of_0_1_0_is_polled_found_and_stopped(old_server, now, status):
+    spawner, launch, state = old_server
+    assert spawner.poll(state) is None
+    assert spawner.find(launch) == {**state, "uid": None}
+    state = spawner.stop(state, now=now)
+    assert ends_with(spawner, state) == status
+    wait_for(lambda: subprocess.run(["pgrep", "-g", str(state["pid"])]).returncode == 1, message="a child lives on")
+
+
+@pytest.mark.parametrize("end", [
+    lambda spawner, state: spawner.stop(state, now=True), lambda spawner, state: spawner.stop(state),
+    lambda spawner, state: os.kill(state["pid"], signal.SIGKILL)], ids=["now", "politely", "its supervisor is killed"])
+def test_what_has_left_the_session_ends_with_the_server(processes, tmp_path, end):
+    sleep, other = sleeper(), sleeper()
+    escape = "setsid sh -c '(trap \"\" INT TERM HUP; exec {}) &'"
+    spawner = processes(script(tmp_path, escape.format(sleep), "exec sleep 60"))
+    another = processes(script(tmp_path, escape.format(other), "exec sleep 60"))
+    state, neighbour = spawner.start(launch_of()), another.start(launch_of(server_name="two"))
+    wait_for(lambda: marked(sleep) and marked(other))
+    end(spawner, state)
+    ends_with(spawner, state)
+    wait_for(lambda: not marked(sleep), message="it lives on")
+    assert marked(other) and another.poll(neighbour) is None
+
+
+def test_a_supervisor_holds_no_variable_of_the_server(processes):
+    state = processes("sleep 60 {port}").start(launch_of(JUPYTERHUB_API_TOKEN="5ec4e7"))
+    server = wait_for(lambda: [pid for pid in children_of(state["pid"])
+                               if b"5ec4e7" in Path(f"/proc/{pid}/environ").read_bytes()])
+    assert len(server) == 1 and b"5ec4e7" not in Path(f"/proc/{state['pid']}/environ").read_bytes()
 
 
 ########################################################################################################
@@ -1982,23 +2720,29 @@ def test_the_kernel_is_asked_to_notice_peers_that_vanish():
 
 @pytest.fixture
 def splicer():
-    """A splicer that closes no connection for being idle."""
-    splicer = minihub.Splicer(0)
+    """A splicer."""
+    splicer = minihub.Splicer()
     yield splicer
     splicer.close()
 
 
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\nno answer"
+CROWDED = UNAVAILABLE.replace(b"no answer", b"too many")
 
 
 def carried_by(splicer, server, method="GET"):
     """The client's end of a connection that the splicer carries to a server."""
     near, far = socket.socketpair()
     far.settimeout(20)
-    head = f"{method} / HTTP/1.1\r\n\r\n".encode()
-    exchange = minihub.Exchange(server.server_address, method, False, head, 0, None, UNAVAILABLE)
-    splicer.carry(minihub.Forward(near, exchange))
+    splicer.carry(minihub.Forward(near, exchange_with(server.server_address, method)))
     return far
+
+
+def exchange_with(address, method="GET", **changes):
+    """A request for the server at an address."""
+    head = f"{method} / HTTP/1.1\r\n\r\n".encode()
+    exchange = minihub.Exchange(address, method, False, head, 0, None, UNAVAILABLE, CROWDED, "user/ada", "127.0.0.1", 0)
+    return dataclasses.replace(exchange, **changes)
 
 
 def read_all(connection):
@@ -2134,11 +2878,14 @@ def either(request):
 
 
 def lead(hub, address, name="bob"):
-    """Have a hub send requests for that user's server to an address. Its ticker rests, or it would delete the route."""
+    """Have a hub send requests for that user's server, which it takes to be running, to an address."""
     if isinstance(hub, LiveHub):
         hub = Hub(database=f"sqlite:///{hub.folder / 'minihub.sqlite'}", tick_interval=0)
+    address = f"{address}/{name}"  # no two servers have the same target
     with hub.store.connected():
-        minihub.Lease.update(holder="the tests", expires=minihub.now() + timedelta(days=1)).execute()
+        hub.people.find_or_create(name)
+        row = minihub.Server.update(status="ready", target=address, prefix=f"/user/{name}/")
+        row.where(minihub.Server.id == server_of(hub, name).id).execute()
         hub.routes.proxy.add_route(f"/user/{name}/", address, {"user": name, "server_name": ""})
     hub.store.disconnect()
 
@@ -2206,22 +2953,21 @@ def test_a_chunked_body_arrives_whole(either):
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 def test_an_upload_of_100_mb_takes_no_memory(carried, chunked):
-    worker, = carried.workers()
     carried.request("POST", "/user/ada/upload", b"x" * MEGABYTE)
-    before, piece = memory_of(worker), os.urandom(MEGABYTE)
+    processes, piece = [carrier_of(carried), *carried.workers()], os.urandom(MEGABYTE)
+    before = sum(map(memory_of, processes))
     response = carried.request("POST", "/user/ada/upload", (piece for _ in range(100)),
                                {} if chunked else {"Content-Length": str(100 * MEGABYTE)})
     assert json.loads(response.body) == {"count": 100 * MEGABYTE, "sha256": hashlib.sha256(piece * 100).hexdigest()}
-    assert memory_of(worker) - before < 30 * MEGABYTE
+    assert sum(map(memory_of, processes)) - before < 30 * MEGABYTE
 
 
 @pytest.mark.parametrize(("length", "coding"), [("", "chunked"), ("1", None)])
 def test_a_download_of_100_mb_takes_no_memory(carried, length, coding):
-    worker, = carried.workers()
-    before = memory_of(worker)
+    carried.request("GET", "/user/ada/api")
     response = carried.request("GET", f"/user/ada/download?size={100 * MEGABYTE}&length={length}&piece={MEGABYTE}")
     assert (response.body, response.getheader("Transfer-Encoding")) == (b"x" * 100 * MEGABYTE, coding)
-    assert memory_of(worker) - before < 30 * MEGABYTE
+    assert memory_of(carrier_of(carried)) < 25 * MEGABYTE
 
 
 @pytest.mark.parametrize("name", ["carried", "carried_by_threads", "carried_by_uwsgi", "waitress", "in_mod_wsgi"])
@@ -2408,7 +3154,8 @@ def test_500_abandoned_connections_leave_nothing_behind(carried, scripted):
     lead(carried, scripted(b"", hold=True).address)
     worker, = carried.workers()
     carried.request("GET", "/user/ada/api")
-    files, memory = files_of(worker), memory_of(worker)
+    carrier = carrier_of(carried)
+    files = files_of(carrier)
     openings = [(UPGRADE % b"ada", True), (UPGRADE % b"bob", False),  # bob's server never responds
                 (b"GET /user/ada/download?size=9000000 HTTP/1.1\r\nHost: x\r\n\r\n", True),
                 (b"GET /user/ada/events?count=999&pause=0.2 HTTP/1.1\r\nHost: x\r\n\r\n", True),
@@ -2421,25 +3168,598 @@ def test_500_abandoned_connections_leave_nothing_behind(carried, scripted):
         if answered:
             assert connection.recv(1)
         abandon(connection, reset=number % 2)
-    wait_for(lambda: files_of(worker) <= files, message=lambda: f"there were {files} files, now {files_of(worker)}")
-    assert memory_of(worker) - memory < 30 * MEGABYTE
+    wait_for(lambda: files_of(carrier) <= files, message=lambda: f"there were {files} files, now {files_of(carrier)}")
+    assert memory_of(carrier) < 30 * MEGABYTE
     assert carried.workers() == [worker] and open_sockets(carried) == 0
 
 
-def test_a_worker_that_may_open_no_more_sockets_says_so_and_carries_on(tmp_path):
-    websocket = pytest.importorskip("websocket", reason="pip install '.[test]'")
-    with carrying(tmp_path, "--timeout", "5") as hub, contextlib.ExitStack() as opened:
-        worker, = hub.workers()
-        resource.prlimit(worker, resource.RLIMIT_NOFILE, (100, 100))
-        with pytest.raises(websocket.WebSocketBadStatusException) as refused:
-            for _ in range(100):
-                opened.enter_context(contextlib.closing(websocket_to(hub)))
-        assert refused.value.status_code == 503 and refused.value.resp_headers["retry-after"] == "5"
-        message = json.loads(refused.value.resp_body)["message"]
-        assert message.startswith("The hub has as many connections as it can carry.")
-        assert hub.request("GET", "/hub/health").status == 200 and hub.workers() == [worker]
-        opened.close()
-        wait_for(lambda: hub.request("GET", "/user/ada/api").status == 200)
+def carriers_of(folder):
+    """The process ids of the carriers whose sockets are below a folder."""
+    found = subprocess.run(["pgrep", "-f", f"be_carrier.*{re.escape(str(folder))}/"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split() if comm_of(pid).startswith("python")]
+
+
+def comm_of(pid):
+    """The name of a process, "" if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
+
+
+def carrier_of(hub):
+    """The process id of a hub's only carrier."""
+    carrier, = carriers_of(hub.folder)
+    return carrier
+
+
+def kill(*pids):
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(map(minihub.process_identity, pids)))
+
+
+def echo_all(sockets, text):
+    """Whether each of the websockets echoes."""
+    for connection in sockets:
+        connection.send(text)
+    return {connection.recv() for connection in sockets} == {text}
+
+
+def kill_workers(hub):
+    kill(*hub.workers())
+
+
+def kill_everything(hub):
+    kill(hub.process.pid, *hub.workers())
+    hub.process.wait()
+    hub.start()
+
+
+def reload(hub):
+    before = set(hub.workers())
+    hub.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: hub.workers() and not before & set(hub.workers()))
+
+
+def restart(hub):
+    hub.stop()
+    hub.start()
+
+
+@pytest.mark.parametrize("options", [(), ("--threads", "4")], ids=["sync", "threads"])
+def test_200_websockets_and_two_streams_outlive_the_hubs_workers(live, tmp_path, options):
+    hub = start_echo(live, tmp_path, *options)
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(contextlib.closing(websocket_to(hub))) for _ in range(200)]
+        streams = [opened.enter_context(connect(hub)) for _ in range(2)]
+        for stream, version in zip(streams, (b"1.0", b"1.1")):
+            stream.sendall(b"GET /user/ada/events?count=60&pause=0.2 HTTP/%s\r\nHost: x\r\n\r\n" % version)
+        for happen in (kill_workers, kill_everything, reload, restart):
+            happen(hub)
+            assert echo_all(sockets, happen.__name__)
+            wait_for(lambda: open_sockets(hub) == 200)
+        assert [len(re.findall(rb"data: \d+\n", read_all(stream))) for stream in streams] == [60, 60]
+        assert memory_of(carrier_of(hub)) < 25 * MEGABYTE
+    assert "Traceback" not in hub.log.read_text() + (tmp_path / "run" / "carrier.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["carried", "carried_by_threads"])
+def test_a_carrier_that_is_killed_is_back_within_2_seconds(request, name):
+    hub = request.getfixturevalue(name)
+    with contextlib.closing(websocket_to(hub)) as connection:
+        before = carrier_of(hub)
+        kill(before)
+        killed = time.monotonic()
+        assert read_all(connection.sock) == b""
+    with contextlib.closing(websocket_to(hub)) as connection:
+        assert echo_all([connection], "again") and time.monotonic() - killed < 2
+    assert carrier_of(hub) != before
+
+
+class OtherVersion(LiveHub):
+    """A hub whose carrier has another source, and ends soon after its last connection and its last worker."""
+
+    unused_after = 1
+
+    @property
+    def environ(self):
+        folder = self.folder / f"version-{self.unused_after}"
+        folder.mkdir(exist_ok=True)
+        (folder / "minihub.py").write_text(re.sub("UNUSED_AFTER = .*", f"UNUSED_AFTER = {self.unused_after}", SOURCE))
+        return {**super().environ, "PYTHONPATH": str(folder)}
+
+
+def test_a_carrier_of_another_version_serves_what_it_has_and_ends_with_its_last_connection(live, tmp_path):
+    old = start_echo(functools.partial(live, kind=OtherVersion), tmp_path)
+    with contextlib.closing(websocket_to(old)) as first:
+        first_carrier = carrier_of(old)
+        old.stop()
+        new = live(kind=type("Newer", (OtherVersion,), {"unused_after": 2}), **old.settings)
+        with contextlib.closing(websocket_to(new)) as second:
+            assert len(carriers_of(tmp_path)) == 2
+            until = time.monotonic() + 3 * OtherVersion.unused_after
+            while time.monotonic() < until:
+                assert echo_all([first, second], "here")
+            first.close()
+            wait_for(lambda: first_carrier not in carriers_of(tmp_path))
+            assert echo_all([second], "still here")
+    assert len(carriers_of(tmp_path)) == 1  # a worker may need it again
+    new.stop()
+    wait_for(lambda: carriers_of(tmp_path) == [])
+
+
+def test_after_a_shutdown_with_servers_the_carrier_ends_too(live, tmp_path):
+    hub = start_echo(functools.partial(live, kind=OtherVersion), tmp_path)
+    with contextlib.closing(websocket_to(hub)) as connection:
+        assert hub.api("POST", "/shutdown", hub.command("token", "root"), {"servers": True})[0] == 202
+        assert read_all(connection.sock) == b"" and hub.process.wait(30) == 0
+    wait_for(lambda: carriers_of(tmp_path) == [])
+
+
+def test_the_carrier_ends_as_the_readme_says_and_with_it_all_connections(live, tmp_path):
+    hub = start_echo(live, tmp_path)
+    with contextlib.closing(websocket_to(hub)) as connection:
+        hub.stop()
+        assert echo_all([connection], "here")
+        command, = re.findall("`(pkill .*?)`", README)
+        subprocess.run(shlex.split(command.replace("/srv/minihub", str(tmp_path))), check=True)
+        assert read_all(connection.sock) == b""
+        wait_for(lambda: carriers_of(tmp_path) == [])
+
+
+@contextlib.contextmanager
+def handing_over(folder):
+    """A worker's connection to a carrier, which is killed afterwards."""
+    splicer = minihub.Splicer()
+    client = minihub.CarrierClient(Settings(run_dir=str(folder)), splicer)
+    try:
+        yield client
+    finally:
+        client.close()
+        splicer.close()
+        kill(*carriers_of(folder))
+
+
+def handed_over(client, server, **changes):
+    """The client's end of a connection whose exchange with a server is handed over."""
+    near, far = socket.socketpair()
+    far.settimeout(20)
+    client.carry(near, exchange_with(server.server_address, **changes))
+    return far
+
+
+def test_workers_that_begin_at_once_start_one_carrier(tmp_path, scripted, monkeypatch, caplog):
+    def start_slowly(client, *paths):
+        time.sleep(0.1)
+        start(client, *paths)
+
+    server, start = scripted(), minihub.CarrierClient._start
+    monkeypatch.setattr(minihub.CarrierClient, "_start", start_slowly)
+    with contextlib.ExitStack() as opened:
+        workers = [opened.enter_context(handing_over(tmp_path)) for _ in range(8)]
+        for client in in_threads(8, lambda number: handed_over(workers[number], server)):
+            assert read_all(opened.enter_context(client)).endswith(b"ok")
+        assert len(carriers_of(tmp_path)) == 1 and "cannot be reached" not in caplog.text
+
+
+def test_a_carrier_knows_no_secret_of_the_hubs(carried):
+    carried.request("GET", "/user/ada/api")
+    assert b"MINIHUB_" not in Path(f"/proc/{carrier_of(carried)}/environ").read_bytes()
+    assert carried.folder.joinpath("run", ".carrier").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in carried.folder.joinpath("run", ".carrier").iterdir()} == {0o600}
+
+
+def test_two_hubs_in_one_process_have_a_carrier_each(tmp_path, scripted):
+    folders, server = [tmp_path / "one", tmp_path / "two"], scripted()
+    with handing_over(folders[0]) as first, handing_over(folders[1]) as second:
+        for client in (first, second):
+            with handed_over(client, server) as connection:
+                assert read_all(connection).endswith(b"ok")
+        assert [len(carriers_of(folder)) for folder in folders] == [1, 1]
+
+
+def test_a_carrier_is_reached_where_its_folder_has_been_moved_to(tmp_path, scripted):
+    server = scripted(STARTED, hold=True)
+    with handing_over(tmp_path / "before") as before, handed_over(before, server) as first:
+        assert first.recv(100).endswith(b"started")
+        (tmp_path / "before").rename(tmp_path / "after")
+        with handing_over(tmp_path / "after") as after, handed_over(after, server) as second:
+            assert second.recv(100).endswith(b"started") and len(carriers_of(tmp_path)) == 1
+
+
+def test_a_carrier_is_reached_however_long_the_name_of_its_folder_is(tmp_path, scripted):
+    folder = tmp_path / ("long" * 30) / ("name" * 30)
+    with handing_over(folder) as client, handed_over(client, scripted()) as connection:
+        assert read_all(connection).endswith(b"ok") and len(carriers_of(folder)) == 1
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root")
+NOBODY = 65534
+
+
+@contextlib.contextmanager
+def another_user():
+    """Be nobody for a moment."""
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@needs_root
+def test_a_carrier_serves_no_other_user(tmp_path, scripted, monkeypatch):
+    with (handing_over(tmp_path) as client, handed_over(client, scripted()) as connection,
+          socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger):
+        read_all(connection)
+        path, = (tmp_path / ".carrier").iterdir()
+        monkeypatch.chdir(path.parent)
+        with another_user(), pytest.raises(PermissionError):
+            stranger.connect(path.name)
+        path.chmod(0o777)
+        path.parent.chmod(0o777)
+        with another_user():
+            stranger.connect(path.name)
+        assert stranger.recv(100) == b""
+
+
+def answer_as_a_carrier(listener):
+    """What a worker then sends, b"" if it goes."""
+    with listener.accept()[0] as worker:
+        try:
+            worker.send(b"ready")
+            return worker.recv(100)
+        except ConnectionError:
+            return b""
+
+
+@needs_root
+def test_a_carrier_of_another_user_gets_no_connection(tmp_path, scripted):
+    heard = []
+    with handing_over(tmp_path) as client, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        with handed_over(client, scripted()) as connection:
+            read_all(connection)
+        path, = (tmp_path / ".carrier").iterdir()
+        kill(*carriers_of(tmp_path))
+        path.unlink()
+        listener.bind(str(path))
+        with another_user():
+            listener.listen()
+        pretend = threading.Thread(target=lambda: heard.append(answer_as_a_carrier(listener)), daemon=True)
+        pretend.start()
+        with handed_over(client, scripted()) as connection:
+            assert read_all(connection).endswith(b"ok") and len(carriers_of(tmp_path)) == 1  # the hub's own
+        pretend.join(10)
+        assert heard == [b""]
+
+
+def without_sockets(folder, monkeypatch=None):
+    """Let no socket be made below a folder."""
+    (folder / ".carrier").write_text("it cannot be a folder")
+
+
+class OfFewFiles(LiveHub):
+    """A hub that may open 64 files, and so may its carrier."""
+
+    @property
+    def words(self):
+        return ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *super().words]
+
+
+def fill(hub, names, opened, address="10.0.0.{}"):
+    """Open connections to these users' servers in turn until one is refused: how many there were, and its response."""
+    for number, name in zip(range(200), itertools.cycle(names)):
+        connection = opened.enter_context(connect(hub))
+        connection.sendall(f"GET /user/{name}/x HTTP/1.1\r\nHost: x\r\nAccept: text/html\r\n"
+                           f"X-Forwarded-For: {address.format(number)}\r\n\r\n".encode())
+        if connection.recv(100, socket.MSG_PEEK).startswith(b"HTTP/1.1 503"):
+            return number, read_all(connection)
+    pytest.fail("no connection was refused")
+
+
+def accepts(hub, name):
+    """Whether one more connection to that user's server is carried."""
+    with contextlib.ExitStack() as opened:
+        connection = opened.enter_context(connect(hub))
+        connection.sendall(b"GET /user/%s/x HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+        return connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+STARTED = b"HTTP/1.1 200 OK\r\n\r\nstarted"
+
+
+@pytest.mark.parametrize("prepare", [None, without_sockets], ids=["carrier", "worker"])
+def test_at_the_limit_of_open_files_people_get_a_page(live, tmp_path, scripted, prepare):
+    if prepare:
+        (tmp_path / "run").mkdir()
+        prepare(tmp_path / "run")
+    hub, server, names = live(kind=OfFewFiles, tick_interval=0), scripted(STARTED, hold=True), "abcdefghij"
+    for name in names:
+        lead(hub, server.address, name)
+    with contextlib.ExitStack() as opened:
+        count, response = fill(hub, names, opened)
+        assert b"The hub has as many connections as it can carry." in response and (15 if prepare else 20) <= count < 25
+        assert response.endswith(b"</html>\n") and b"\r\nRetry-After: 5\r\n" in response
+        assert hub.request("GET", "/hub/health").status == 200
+    wait_for(lambda: accepts(hub, "a"))
+    assert "Traceback" not in hub.log.read_text() + "".join(path.read_text() for path in tmp_path.glob("run/*.log"))
+
+
+def test_a_flood_of_one_users_connections_leaves_anothers_alone(live, scripted):
+    hub, server = live(kind=OfFewFiles, tick_interval=0), scripted(STARTED, hold=True)
+    for name in ("ada", "bob"):
+        lead(hub, server.address, name)
+    with contextlib.ExitStack() as opened:
+        assert fill(hub, ["ada"], opened)[0] == 6  # a quarter of those for which there are files
+        assert fill(hub, ["bob"], opened)[0] == 6
+    wait_for(lambda: accepts(hub, "ada"))
+
+
+def test_a_flood_from_one_address_to_a_users_server_leaves_room_for_the_user(live, scripted):
+    hub, server = live(kind=OfFewFiles, tick_interval=0), scripted(STARTED, hold=True)
+    lead(hub, server.address, "ada")
+    with contextlib.ExitStack() as opened:
+        assert fill(hub, ["ada"], opened, "10.0.0.1")[0] == 4  # three quarters of a quarter
+        assert fill(hub, ["ada"], opened, "10.0.0.2")[0] == 2
+
+
+def test_a_flood_from_one_network_leaves_other_networks_alone(live, scripted):
+    hub, server, names = live(kind=OfFewFiles, tick_interval=0), scripted(STARTED, hold=True), "abcdefgh"
+    for name in names:
+        lead(hub, server.address, name)
+    with contextlib.ExitStack() as opened:
+        assert fill(hub, names, opened, "2001:db8::1")[0] == 19  # three quarters
+        assert fill(hub, names, opened, "2001:db8::2")[0] == 0
+        assert fill(hub, names, opened, "2001:db8:0:1::1")[0] > 0
+
+
+def test_endless_interim_responses_delay_nobodys_websocket(carried, scripted):
+    lead(carried, scripted(b"HTTP/1.1 100 C\r\n\r\n", endless=True).address)
+    with contextlib.closing(websocket_to(carried)) as connection:
+        began = time.monotonic()
+        assert carried.request("GET", "/user/bob/x").status == 503
+        assert echo_all([connection], "here") and time.monotonic() - began < 2
+
+
+def cut_short(reset):
+    """The address of a server whose response without a length ends or, after the same bytes, is reset."""
+    def respond():
+        with listener, listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+            time.sleep(0.2)
+            abandon(connection, reset)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=respond, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["complete", "cut short"])
+def test_a_stream_without_a_length_that_is_cut_short_is_reset_for_the_client(carried, reset):
+    lead(carried, cut_short(reset))
+    with connect(carried) as connection, pytest.raises(ConnectionResetError) if reset else contextlib.nullcontext():
+        connection.sendall(b"GET /user/bob/x HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_all(connection).endswith(b"\r\n\r\nhalf")
+
+
+def test_a_stream_without_a_length_is_reset_when_its_carrier_is_killed(carried, scripted):
+    lead(carried, scripted(STARTED, hold=True).address)
+    with connect(carried) as connection:
+        connection.sendall(b"GET /user/bob/x HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        kill(carrier_of(carried))
+        with pytest.raises(ConnectionResetError):
+            read_all(connection)
+
+
+def test_spooled_bodies_that_a_server_does_not_read_count_against_its_owner(splicer, scripted, monkeypatch):
+    monkeypatch.setattr(minihub, "OWNER_SPOOL", 3 * MEGABYTE)
+
+    def post(owner, address):
+        near, far = socket.socketpair()
+        spool = tempfile.TemporaryFile()
+        spool.truncate(MEGABYTE)
+        splicer.carry(minihub.Forward(near, exchange_with(address, spool=spool, body_left=MEGABYTE, owner=owner)))
+        far.settimeout(10)
+        return opened.enter_context(far)
+
+    with socket.create_server(("127.0.0.1", 0)) as mute, contextlib.ExitStack() as opened:
+        clients = [post("user/ada", mute.getsockname()) for _ in range(4)]
+        assert read_all(clients[3]) == CROWDED
+        assert read_all(post("user/bob", scripted().server_address)).endswith(b"ok")
+
+
+def test_a_spooled_body_that_the_server_does_not_read_is_dropped(splicer, monkeypatch):
+    monkeypatch.setattr(minihub, "SPOOL_TIMEOUT", 0.2)
+    near, far = socket.socketpair()
+    spool = tempfile.TemporaryFile()
+    spool.truncate(50 * MEGABYTE)
+    with far, socket.create_server(("127.0.0.1", 0)) as mute:
+        splicer.carry(minihub.Forward(near, exchange_with(mute.getsockname(), spool=spool)))
+        wait_for(lambda: spool.closed)
+
+
+def without_memfd(folder, monkeypatch):
+    monkeypatch.setattr(os, "memfd_create", lambda name: os.open("/no such file", os.O_RDWR))
+
+
+def on_another_system(folder, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+
+def without_source(folder, monkeypatch):
+    monkeypatch.setattr(minihub, "carrier_program", lambda: "")
+
+
+@pytest.mark.parametrize("prepare", [without_sockets, without_memfd, on_another_system, without_source])
+def test_where_there_can_be_no_carrier_the_worker_carries(tmp_path, scripted, monkeypatch, prepare):
+    prepare(tmp_path, monkeypatch)
+    with handing_over(tmp_path) as client, handed_over(client, scripted()) as connection:
+        assert read_all(connection).endswith(b"ok") and carriers_of(tmp_path) == []
+
+
+def test_connections_that_a_worker_carries_end_with_it(live, tmp_path):
+    (tmp_path / "run").mkdir()
+    without_sockets(tmp_path / "run")
+    hub = start_echo(live, tmp_path)
+    with contextlib.closing(websocket_to(hub)) as connection:
+        assert echo_all([connection], "here") and carriers_of(tmp_path) == []
+        assert hub.log.read_text().count("the carrier cannot be reached, connections end with this worker: ") == 1
+        hub.stop()
+        assert read_all(connection.sock) == b""
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """Keep a process from running."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_beside_a_carrier_that_is_stopped_the_worker_carries_and_soon_another(tmp_path, scripted, monkeypatch, caplog):
+    server = scripted()
+    with handing_over(tmp_path) as client, contextlib.ExitStack() as opened:
+        assert read_all(opened.enter_context(handed_over(client, server))).endswith(b"ok")
+        first, = carriers_of(tmp_path)
+        client._channel.settimeout(0.5)
+        with stopped(first):
+            waiting, began = opened.enter_context(handed_over(client, server)), time.monotonic()
+            for _ in range(9):
+                assert read_all(opened.enter_context(handed_over(client, server))).endswith(b"ok")
+            assert 0.5 <= time.monotonic() - began < 1 and carriers_of(tmp_path) == [first]
+            assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+                "the carrier cannot be reached, connections end with this worker: timed out"]
+            monkeypatch.setattr(client, "_retry_at", 0)
+            assert read_all(opened.enter_context(handed_over(client, server))).endswith(b"ok")
+            assert len(carriers_of(tmp_path)) == 2 and len(server.heard) == 11
+        assert read_all(waiting).endswith(b"ok")  # nothing that a carrier has taken is lost while it lives
+        wait_for(lambda: len(server.heard) == 12)
+
+
+def test_a_request_that_is_too_long_to_be_handed_over_is_carried_by_the_worker(tmp_path, scripted):
+    server, head = scripted(), b"GET / HTTP/1.1\r\nX: " + b"x" * minihub.MESSAGE_LIMIT + b"\r\n\r\n"
+    with handing_over(tmp_path) as client, handed_over(client, server, head=head) as connection:
+        assert read_all(connection).endswith(b"ok") and carriers_of(tmp_path) == []
+    assert len(server.heard[0]) > minihub.MESSAGE_LIMIT
+
+
+def test_the_carriers_program_is_whole_and_needs_the_standard_library_only(tmp_path):
+    program, bound = minihub.carrier_program(), {}
+    exec(program, bound)
+    read = names_read(symtable.symtable(program, "program", "exec"))
+    assert "Forward" in read and [name for name in read if name not in bound and not hasattr(builtins, name)] == []
+    (tmp_path / "program.py").write_text(program)
+    subprocess.run([sys.executable, "-I", "-S", "program.py"], cwd=tmp_path, check=True)
+    assert "falcon" not in program and "Store" not in program
+
+
+BENCH_SERVER = """
+import asyncio, sys
+
+
+class Responder(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport, self.heard = transport, b""
+
+    def data_received(self, data):
+        self.heard += data
+        if self.heard.endswith(b"\\r\\n\\r\\n"):
+            self.transport.write(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+            self.transport.close()
+
+
+async def main():
+    server = await asyncio.get_running_loop().create_server(Responder, "127.0.0.1", int(sys.argv[1]), backlog=1000)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+@contextlib.contextmanager
+def serving(port, *words):
+    """A program that listens on a port, while it is needed."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cpu_of(*pids):
+    """The seconds of CPU time that processes have used."""
+    paths = itertools.chain.from_iterable(Path(f"/proc/{pid}/task").glob("*/schedstat") for pid in pids)
+    return sum(int(path.read_text().split()[0]) for path in paths) / 1e9
+
+
+@pytest.mark.bench
+@needs_chp
+@pytest.mark.skipif(not shutil.which("ab"), reason="apt-get install apache2-utils")
+def test_requests_for_a_server_beside_configurable_http_proxy(tmp_path, capsys):
+    def rate(port, connections):
+        words = ["ab", "-q", "-c", str(connections), "-n", "2000", f"http://127.0.0.1:{port}/user/ada/api"]
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert "Non-2xx" not in output and re.search(r"Failed requests: +0\n", output)
+        return float(re.search(r"Requests per second: +([\d.]+)", output)[1])
+
+    def server():
+        """The port of a server: one for each proxy, as the number of connections between two addresses is limited."""
+        port = minihub.free_port()
+        opened.enter_context(serving(port, sys.executable, "-c", BENCH_SERVER, str(port)))
+        return port
+
+    with contextlib.ExitStack() as opened:
+        front, api = minihub.free_port(), minihub.free_port()
+        opened.enter_context(serving(front, CHP, "--ip", "127.0.0.1", "--port", str(front), "--api-port", str(api),
+                                     "--default-target", f"http://127.0.0.1:{server()}"))
+        hubs = []
+        for workers in (1, 2):
+            (tmp_path / str(workers)).mkdir()
+            hubs.append(LiveHub(tmp_path / str(workers), "-w", str(workers), tick_interval=0).start())
+            opened.callback(hubs[-1].stop_all)
+            lead(hubs[-1], f"http://127.0.0.1:{server()}", "ada")
+        ports = {"configurable-http-proxy": front, "1 worker": hubs[0].port, "2 workers": hubs[1].port}
+        figures = {name: [max(rate(port, count) for _ in range(2)) for count in (1, 16, 64)]
+                   for name, port in ports.items()}
+        before = cpu_of(*hubs[0].workers()), cpu_of(carrier_of(hubs[0]))
+        rate(hubs[0].port, 16)
+        after = cpu_of(*hubs[0].workers()), cpu_of(carrier_of(hubs[0]))
+    with capsys.disabled():
+        print("\nrequests/s with so many connections    1     16     64")
+        for name, rates in figures.items():
+            print(f"{name:32}", *(f"{figure:6.0f}" for figure in rates))
+        print("ms of CPU for a request: worker {:.2f}, carrier {:.2f}".format(
+            *((end - begin) / 2 for begin, end in zip(before, after))))
+
+
+@pytest.mark.bench
+def test_600_idle_websockets_and_the_echoes_of_200(live, tmp_path, capsys):
+    def times(count):
+        for _ in range(count):
+            for connection in sockets[:200]:
+                begin = time.perf_counter()
+                connection.send("x")
+                connection.recv()
+                yield time.perf_counter() - begin
+
+    hub = start_echo(live, tmp_path)
+    with contextlib.ExitStack() as opened, capsys.disabled():
+        sockets = [opened.enter_context(contextlib.closing(websocket_to(hub))) for _ in range(200)]
+        echoes = sorted(times(10))
+        print(f"\nan echo of one of 200 websockets: p50 {echoes[1000] * 1000:.2f} ms, p99 {echoes[1980] * 1000:.2f} ms")
+        sockets += [opened.enter_context(contextlib.closing(websocket_to(hub))) for _ in range(400)]
+        carrier = carrier_of(hub)
+        before = cpu_of(carrier)
+        time.sleep(10)
+        used, memory = cpu_of(carrier) - before, memory_of(carrier) / MEGABYTE
+        print(f"600 idle websockets: {memory:.1f} MB, {used * 10:.2f} % CPU")
+        assert memory < 25
 
 
 ########################################################################################################
@@ -2452,7 +3772,7 @@ def request_environ(**more):
     return {"REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": "/user/ada/x", "QUERY_STRING": "",
             "SERVER_PROTOCOL": "HTTP/1.1", "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "8000", "HTTP_HOST": "lab:8000",
             "REMOTE_ADDR": "10.9.8.7", "wsgi.url_scheme": "http", "wsgi.multithread": False, "wsgi.multiprocess": False,
-            **more}
+            "wsgi.input": io.BytesIO(), **more}
 
 
 def head_of(length=None, protocol="HTTP/1.1", trusted=("127.0.0.1",), **more):
@@ -2860,6 +4180,249 @@ before = minihub.listening_address()
 with socket.create_server(("0.0.0.0", 0)) as server:
     print(before, minihub.listening_address() == f"http://127.0.0.1:{server.getsockname()[1]}")
 """, tmp_path) == "None True"
+
+
+def json_post(path, rest, authorization=""):
+    """The beginning of a POST, with what is sent of its body."""
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{authorization}".encode() + rest
+
+
+HALF_BODY, HALF_CHUNK = b"Content-Length: 99\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"
+SIGN_IN = "/hub/api/authorizations/token"
+
+#: What clients send before they fall silent, or send a byte from time to time.
+HALF_REQUESTS = {
+    "half a head": b"GET /hub/health HTTP/1.1\r\nHost: x\r\nA: ", "half a body": json_post(SIGN_IN, HALF_BODY),
+    "half a body that nobody reads": json_post("/hub/api/users", HALF_BODY),
+    "half a chunk": json_post(SIGN_IN, HALF_CHUNK), "half an upload": json_post("/user/ada/upload", HALF_CHUNK)}
+
+
+class Impatient(LiveHub):
+    """A gunicorn that waits for its clients for half a second."""
+
+    app = "impatient:app"
+
+    def start(self):
+        code = "import minihub\nminihub.CLIENT_PATIENCE = 0.5\nfrom minihub import app"
+        (self.folder / "impatient.py").write_text(code)
+        return super().start()
+
+    def delay(self):
+        """How long a client waits for its response, in seconds."""
+        began = time.monotonic()
+        assert self.request("GET", "/hub/health").status == 200
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def silent_clients(hub, beginnings, drips=False):
+    """Connections on which no more than that is sent, or now and then a byte."""
+    def drip():
+        while not done.wait(0.1):
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.send(b"a")
+
+    with contextlib.ExitStack() as opened:
+        clients, done = [opened.enter_context(connect(hub)) for _ in beginnings], threading.Event()
+        opened.callback(done.set)
+        for client, beginning in zip(clients, beginnings):
+            client.sendall(beginning)
+        if drips:
+            threading.Thread(target=drip, daemon=True).start()
+        yield clients
+
+
+@pytest.mark.parametrize("options", ["--preload", "--threads 4"])
+def test_clients_that_fall_silent_delay_others_by_a_deadline_each_and_harm_no_worker_and_no_notebook(tmp_path, options):
+    threads = 4 if "threads" in options else 1
+    with carrying(tmp_path, *options.split(), kind=Impatient) as hub, contextlib.closing(websocket_to(hub)) as notebook:
+        workers, beginnings = hub.workers(), list(HALF_REQUESTS.values())
+        with silent_clients(hub, [b""] * 40):
+            assert hub.delay() < 0.4
+        steady = (time.sleep(0.1) or bytes(20000) for _ in range(12))
+        assert json.loads(hub.request("POST", "/user/ada/upload", steady).body)["count"] == 240000
+        for drips in (False, True):
+            with silent_clients(hub, beginnings, drips):
+                assert hub.delay() < math.ceil(len(beginnings) / threads) + 1
+        notebook.send("hello")
+        assert notebook.recv() == "hello" and hub.workers() == workers
+        log = hub.log.read_text()
+        assert log.count("keeps the hub waiting: ('127.0.0.1'") >= 4 and "Traceback" not in log
+
+
+def test_a_client_that_is_too_slow_with_its_body_is_told_so(tmp_path, live):
+    hub = live(kind=Impatient)
+    for beginning in (json_post(SIGN_IN, HALF_BODY), json_post(SIGN_IN, HALF_CHUNK)):
+        with silent_clients(hub, [beginning], drips=True) as (client,):
+            head, _, body = read_all(client).partition(b"\r\n\r\n")
+        message = "The request's body did not arrive in time. One that takes long needs a Content-Length"
+        assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body) == {"status": 408, "message": message}
+
+
+def test_one_half_request_costs_others_at_most_five_seconds(live):
+    hub = live()
+    for beginning in (HALF_REQUESTS["half a head"], HALF_REQUESTS["half a body"]):
+        with silent_clients(hub, [beginning]):
+            began = time.monotonic()
+            hub.request("GET", "/hub/health")
+            assert 3 < time.monotonic() - began < 5
+
+
+def test_clients_that_do_not_close_their_connections_do_not_keep_gunicorn_from_others(live):
+    hub = live("--threads", "4", kind=Impatient)
+    with silent_clients(hub, [b"GET /hub/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"] * 10):
+        assert hub.delay() < 8  # gunicorn alone: 2 s for each
+
+
+def test_a_connection_that_is_kept_alive_may_be_idle_for_longer(live):
+    hub = live("--threads", "4", "--keep-alive", "20", kind=Impatient)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", hub.port)) as connection:
+        for pause in (1.2, 0):
+            connection.request("GET", "/hub/health")
+            connection.getresponse().read()
+            time.sleep(pause)
+    assert "waiting" not in hub.log.read_text()
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_one_that_reads_slowly_is_not(live):
+    hub = live(kind=Impatient, admins="root")
+    hub.command("link", "root", "--admin")
+    token, workers = hub.command("token", "root"), hub.workers()
+    names = [f"{number:0>250}" for number in range(10000)]  # 4 MB: the kernel's buffers take 2.6
+    assert hub.api("POST", "/users", token, {"usernames": names})[0] == 201
+    request = f"GET /hub/api/users HTTP/1.1\r\nHost: x\r\nAuthorization: token {token}\r\n\r\n".encode()
+
+    def ask(opened):
+        client = opened.enter_context(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", hub.port))
+        client.sendall(request)
+        return client
+
+    with contextlib.ExitStack() as opened:
+        for _ in range(2):
+            ask(opened)
+        assert hub.delay() < 4
+        client, began = ask(opened), time.monotonic()
+        received = b"".join(iter(lambda: time.sleep(0.001) or client.recv(65536), b""))
+        assert time.monotonic() - began > 1 and len(json.loads(received.partition(b"\r\n\r\n")[2])) == 10001
+    assert hub.log.read_text().count("waiting") == 2 and hub.workers() == workers
+
+
+def test_broken_chunks_are_refused_without_a_traceback(live):
+    hub = live()
+    with connect(hub) as client:
+        client.sendall(json_post(SIGN_IN, b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello, you\r\n0\r\n\r\n"))
+        assert b'{"status": 400, "message": "The body\'s chunks are broken, or end too early"}' in read_all(client)
+    assert "Traceback" not in hub.log.read_text()
+
+
+@pytest.mark.parametrize("options", ["", "--threads 4"])
+def test_a_gunicorn_on_a_unix_socket_gives_up_silent_clients_too(tmp_path, options):
+    class OnUnixSocket(Impatient):
+        words = property(lambda self: [
+            GUNICORN, self.app, "--bind=unix:hub.sock", "--no-control-socket", *self.options])
+
+        def is_up(self):
+            with contextlib.suppress(OSError):
+                return self.ask()
+
+        def ask(self, text=b"GET /hub/health HTTP/1.0\r\n\r\n"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(10)
+                client.connect(str(tmp_path / "hub.sock"))
+                client.sendall(text)
+                return read_all(client)
+
+    hub = OnUnixSocket(tmp_path, *options.split())
+    try:
+        hub.start()
+        assert hub.ask(HALF_REQUESTS["half a head"]) == b""
+        assert hub.ask(HALF_REQUESTS["half a body"]).startswith(b"HTTP/1.1 408 ")
+        assert hub.ask().startswith(b"HTTP/1.0 200 OK")
+    finally:
+        hub.stop_all()
+
+
+SITE = '''
+import minihub, os, socket, threading, time
+minihub.CLIENT_PATIENCE = 0.5
+hub = minihub.Hub(base_url="/lab/")
+
+def site(environ, start_response):
+    time.sleep(1)
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    options = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) for _, sock in minihub.own_sockets()
+               if sock.family == socket.AF_INET]
+    return [repr((options, [thread.name for thread in threading.enumerate() if "watch" in thread.name])).encode()]
+
+app = hub.wrap(site)
+'''
+
+
+@pytest.mark.parametrize("options", ["", "--threads 4"])
+def test_a_sites_own_sockets_are_left_alone_though_the_hubs_bodies_have_a_deadline(live, tmp_path, options):
+    (tmp_path / "site_with_hub.py").write_text(SITE)
+    hub = live(*options.split(), kind=type("Site", (LiveHub,), {"app": "site_with_hub:app", "prefix": "/lab"}))
+    with silent_clients(hub, [b"GET / HTTP/1.1\r\nHost: x\r\n"]) as (client,):
+        time.sleep(1.2)
+        client.sendall(b"Connection: close\r\n\r\n")
+        assert b"([0, 0], [])" in read_all(client)
+    with silent_clients(hub, [json_post(f"/lab{SIGN_IN}", HALF_BODY)]) as (client,):
+        assert read_all(client).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("make_server", [wsgiref_server, werkzeug_server])
+def test_bodies_have_a_deadline_in_every_host_that_lends_its_sockets(at_home, monkeypatch, make_server):
+    monkeypatch.setattr(minihub, "CLIENT_PATIENCE", 0.3)
+    with in_process(make_server, at_home) as host, silent_clients(host, [json_post(SIGN_IN, HALF_BODY)]) as (client,):
+        assert b" 408 Request Timeout\r\n" in read_all(client)
+
+
+def test_bodies_have_a_deadline_in_uwsgi(carried_by_uwsgi):
+    with silent_clients(carried_by_uwsgi, [json_post(SIGN_IN, HALF_BODY)]) as (client,):
+        assert read_all(client).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("threads, rate, accepted", [(True, 50, True), (True, 200, False), (False, 50, False)])
+def test_a_chunked_upload_may_take_longer_as_long_as_it_goes_on_and_others_have_threads(
+        monkeypatch, threads, rate, accepted):
+    monkeypatch.setattr(minihub, "CLIENT_PATIENCE", 0.2)
+    monkeypatch.setattr(minihub, "LONGEST_WAIT", 0.4)
+    monkeypatch.setattr(minihub, "SLOWEST_UPLOAD", rate)
+    near, far = socket.socketpair()
+
+    def send():
+        for _ in range(10):
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                far.sendall(bytes(10))
+        far.close()
+
+    sender = threading.Thread(target=send)
+    with near, far, near.makefile("rb", buffering=0) as body:
+        environ = {"werkzeug.socket": near, "wsgi.input": body, "wsgi.input_terminated": True}
+        host = minihub.host_of(request_environ(
+            HTTP_TRANSFER_ENCODING="chunked", **{**environ, "wsgi.multithread": threads}))
+        sender.start()
+        with contextlib.nullcontext() if accepted else pytest.raises(minihub.TooSlow):
+            with minihub.spooled_body(host) as spool:
+                assert spool.tell() == 100
+        sender.join()
+
+
+def test_a_deadline_shuts_no_other_socket_that_has_got_the_same_number(caplog):
+    near, far = socket.socketpair()
+    deadline = minihub.Deadline(near.fileno(), 0)
+    number = near.detach()
+    with far, socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as other:
+        os.dup2(other.fileno(), number)
+        deadline.enforce()
+        assert deadline.is_over and not caplog.records
+        os.close(number)
+        deadline.is_over = False
+        deadline.enforce()
 
 
 def test_mod_wsgi_passes_on_what_apache_keeps_by_default(in_mod_wsgi):
@@ -3430,6 +4993,18 @@ def test_too_many_failed_sign_ins_stop_one_address_for_a_while(opened, pass_time
     assert sign_in(opened, "ada", password_of("ada")) == "ada"
 
 
+def test_failures_and_sign_ins_of_the_future_are_of_a_clock_that_was_set_back(opened, pass_time):
+    pass_time(7200)
+    for _ in range(5):
+        sign_in(opened, "ada", "wrong")
+    link = link_token(opened.sign_in.link_for(opened.people.find("ada")))
+    cookie = opened.sign_in.cookie_value(minihub.LOGIN_COOKIE, opened.people.find("ada"))
+    pass_time(-7200)
+    assert sign_in(opened, "ada", password_of("ada")) == "ada"
+    assert opened.sign_in.user_of_cookie(minihub.LOGIN_COOKIE, cookie).name == "ada"
+    assert opened.sign_in.open_link(link).name == "ada"
+
+
 def test_failed_sign_ins_are_forgotten_after_a_good_one(opened):
     for _ in range(2):
         assert [sign_in(opened, "ada", "wrong") for _ in range(4)] == [None] * 4
@@ -3792,6 +5367,12 @@ def test_a_start_that_was_interrupted_begins_again(opened, spawner):
     assert server.launch == spawner.launches[0].id != "first"
 
 
+def test_a_start_that_was_interrupted_before_the_clock_was_set_back_begins_again(opened, spawner):
+    server = interrupted(opened, -7200)
+    opened.servers.observe(server)
+    assert (opened.servers.observe(server).status, len(spawner.launches)) == ("ready", 1)
+
+
 def test_a_start_that_may_still_be_under_way_is_left_alone(opened, spawner):
     server = interrupted(opened, minihub.INTERRUPTED_AFTER - 2)
     assert (opened.servers.observe(server).status, server.launch, spawner.launches) == ("spawning", "first", [])
@@ -4028,9 +5609,14 @@ def test_the_ticker_looks_at_servers_and_lists_do_not(opened, root, spawner, mon
     assert [server_of(opened, name).status for name in ("ada", "bob")] == ["stopped", "ready"]
 
 
-def test_a_look_at_thirty_mute_servers_takes_one_deadline(opened, spawner, monkeypatch):
-    names = [f"student{number}" for number in range(30)]
-    opened.people.create_many(names)
+def test_a_look_at_thirty_mute_servers_takes_one_deadline(make_hub, spawner, monkeypatch):
+    hub, names = make_hub(concurrent_spawn_limit=30), [f"student{number}" for number in range(30)]
+    with hub.store.connected():
+        hub.people.create_many(names)
+        look_at_mute(hub, spawner, monkeypatch, names)
+
+
+def look_at_mute(opened, spawner, monkeypatch, names):
     with socket.create_server(("127.0.0.1", 0)) as mute:  # the kernel accepts, nobody answers
         spawner.address = f"http://127.0.0.1:{mute.getsockname()[1]}"
         for name in names:
@@ -4043,6 +5629,147 @@ def test_a_look_at_thirty_mute_servers_takes_one_deadline(opened, spawner, monke
         assert opened.servers.observe(server_of(opened, names[0])).status == "spawning"
         assert time.monotonic() - begin < GLANCE_SECONDS + 0.3
     assert minihub.Server.select().where(minihub.Server.status == "spawning").count() == 30
+
+
+@pytest.fixture
+def narrow(make_hub, spawner):
+    """A hub that starts one server at a time, with its database open, and with the students carl and dora."""
+    hub = people(make_hub(concurrent_spawn_limit=1))
+    with hub.store.connected():
+        hub.people.create_many(["carl", "dora"])
+        yield hub
+
+
+def line_of(hub):
+    """The servers that are queued, in their order, each with what people are told."""
+    return [f"{server.label} is {hub.servers.place_of(server)}" for server in hub.servers.line()]
+
+
+def start_all(hub, *labels):
+    """Start servers, named like `ada:gpu`, in that order; returns their rows."""
+    servers = [server_of(hub, *label.split(":")) for label in labels]
+    for server in servers:
+        hub.servers.start(server)
+    return servers
+
+
+def test_a_start_without_room_waits_and_goes_on_when_there_is_room(narrow, spawner):
+    adas, bobs = start_all(narrow, "ada", "bob")
+    assert (adas.status, bobs.status, line_of(narrow)) == ("spawning", "queued", ["bob is 1st in line"])
+    spawner.answers = False
+    narrow.servers.start(bobs)
+    assert (bobs.status, bobs.state, narrow.servers.observe(bobs).status, len(spawner.launches)) == (
+        "queued", None, "queued", 1)
+    narrow.tick()
+    assert [server_of(narrow, name).status for name in ("ada", "bob")] == ["ready", "spawning"]
+    assert [launch.id for launch in spawner.launches] == [adas.launch, bobs.launch]
+
+
+def test_everybodys_first_start_comes_before_anybodys_second(narrow, spawner):
+    start_all(narrow, "ada", "ada:a", "ada:b", "bob:x", "bob", "carl", "dora")
+    assert line_of(narrow) == ["bob:x is 1st in line", "carl is 2nd in line", "dora is 3rd in line",
+                               "ada:a is 4th in line", "bob is 5th in line", "ada:b is 6th in line"]
+    for _ in range(7):
+        narrow.tick()
+    assert [f"{launch.user.name}:{launch.name}" for launch in spawner.launches] == [
+        "ada:", "bob:x", "carl:", "dora:", "ada:a", "bob:", "ada:b"]
+    assert {server.status for server in narrow.servers.running()} == {"ready"}
+
+
+@pytest.mark.parametrize("number, words", [
+    (1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (13, "13th"), (21, "21st"),
+    (102, "102nd"), (111, "111th")])
+def test_places_in_line_are_said_as_people_say_them(hub, number, words):
+    line = [minihub.Server(id=row_id) for row_id in range(1, 200)]
+    assert hub.servers.place_of(minihub.Server(id=number), line) == f"{words} in line"
+
+
+def test_the_further_starts_of_one_user_leave_half_of_the_room_to_others(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(concurrent_spawn_limit=4)), False
+    with hub.store.connected():
+        start_all(hub, "ada", "ada:a", "ada:b")
+        hub.tick()
+        assert line_of(hub) == ["ada:b is 1st in line"]
+        assert [server.status for server in start_all(hub, "bob", "root")] == ["spawning", "spawning"]
+        spawner.end(server_of(hub, "bob").launch), spawner.end(server_of(hub, "root").launch)
+        hub.tick()
+        assert line_of(hub) == ["ada:b is 1st in line"]
+        spawner.end(server_of(hub).launch)
+        hub.tick()
+    assert [launch.name for launch in spawner.launches if launch.user.name == "ada"] == ["", "a", "b"]
+
+
+@pytest.mark.parametrize("cores, count", [(1, 4), (3, 6)])
+def test_the_machines_cores_say_how_many_start_at_once(make_hub, spawner, monkeypatch, cores, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    hub, names, spawner.answers = make_hub(), [f"student{number}" for number in range(10)], False
+    with hub.store.connected():
+        hub.people.create_many(names)
+        start_all(hub, *names)
+        hub.tick()
+        assert (len(spawner.launches), len(hub.servers.line())) == (count, 10 - count)
+
+
+@pytest.mark.parametrize("options", [{}, {"forget": True}])
+def test_a_start_that_waits_is_stopped_at_once(narrow, spawner, options):
+    adas, bobs, carls = start_all(narrow, "ada", "bob:gpu", "carl")
+    narrow.servers.stop(bobs, **options)
+    assert (bobs.status, bobs.failure, bobs.is_deleted) == ("stopped", "", "forget" in options)
+    assert line_of(narrow) == ["carl is 1st in line"]
+    narrow.tick(), narrow.tick()
+    assert [launch.user.name for launch in spawner.launches] == ["ada", "carl"]
+
+
+def test_a_start_that_waits_goes_with_its_user(narrow, spawner):
+    start_all(narrow, "ada", "bob")
+    with pytest.raises(minihub.BadRequest, match="^Stop the servers of bob before giving them another name$"):
+        narrow.people.change(narrow.people.find("bob"), {"name": "grace"})
+    narrow.servers.delete_user(narrow.people.find("bob"))
+    assert (narrow.people.get("bob"), narrow.servers.line()) == (None, [])
+    narrow.tick()
+    assert [launch.user.name for launch in spawner.launches] == ["ada"]
+
+
+def test_a_stop_that_races_the_turn_of_a_start_leaves_nothing_running(narrow, spawner):
+    stale = start_all(narrow, "ada", "bob")[1]
+    narrow.tick()
+    narrow.servers.stop(stale)
+    assert (narrow.servers.observe(stale).status, list(spawner.running)) == ("stopped", [server_of(narrow).launch])
+
+
+def test_the_time_of_a_start_begins_when_it_is_launched(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(concurrent_spawn_limit=1, start_timeout=0.2)), False
+    with hub.store.connected():
+        adas, bobs = start_all(hub, "ada", "bob")
+        wait_for(lambda: hub.tick() and server_of(hub).status == "stopped")  # while bob's waits for the same time
+        hub.tick()
+        assert server_of(hub, "bob").status == "spawning"
+        wait_for(lambda: hub.tick() and server_of(hub, "bob").status == "stopped")
+        assert server_of(hub, "bob").failure.startswith("The server did not answer within 0.2 seconds")
+
+
+def test_workers_start_no_more_servers_at_once_than_there_is_room_for_and_none_twice(make_hub, spawner):
+    hub, names, spawner.answers = make_hub(concurrent_spawn_limit=2), [f"student{number}" for number in range(8)], False
+    with hub.store.connected():
+        hub.people.create_many(names)
+
+    def start(number):
+        with hub.store.connected():
+            start_all(hub, names[number])
+        tick(number)
+
+    def tick(number):
+        with hub.store.connected():
+            hub.servers.observe_pending()
+            hub.servers.launch_queued()
+        hub.store.disconnect()
+
+    in_threads(8, start)
+    assert len(spawner.launches) == 2
+    for count in (4, 6, 8):
+        spawner.end_all()
+        in_threads(4, tick)
+        assert len({launch.user.name for launch in spawner.launches}) == len(spawner.launches) == count
 
 
 @pytest.mark.parametrize(("settings", "reports", "seconds", "stays"), [
@@ -4128,7 +5855,7 @@ def groups_in(folder):
     """The process groups of the servers that run there, each with the commands in it."""
     groups = {}
     for _, group, state, command in all_processes().values():
-        if state != "Z" and f"{folder}/" in command and "gunicorn" not in command:
+        if state != "Z" and f"{folder}/" in command and not re.search(r"gunicorn|/\.carrier/", command):
             groups.setdefault(group, []).append(command)
     return groups
 
@@ -4158,21 +5885,21 @@ def at_once(*actions):
 
 def discrepancies(hub):
     """Where rows, processes and routes do not agree, when all is quiet."""
-    with contextlib.closing(sqlite3.connect(hub.folder / "minihub.sqlite")) as database:
-        rows = database.execute("SELECT users.name, servers.name, status, state, prefix, target, servers.id"
-                                " FROM servers JOIN users ON users.id = user_id").fetchall()
-        routes = dict(database.execute("SELECT prefix, target FROM routes"))
+    rows = hub.table("SELECT users.name, servers.name, status, state, prefix, target, servers.id"
+                     " FROM servers JOIN users ON users.id = user_id")
+    routes = dict(hub.table("SELECT prefix, target FROM routes"))
     ready = [row for row in rows if row[2] == "ready"]
     owners = sorted(row[6] for row in ready)
     groups = groups_in(hub.folder)
     wrong = {
-        "pending": [row for row in rows if row[2] in ("spawning", "stopping")],
+        "pending": [row for row in rows if row[2] in ("queued", "spawning", "stopping")],
         "leaving": hub.rows("SELECT name FROM users WHERE leaving"),
         "prefixes": [row for row in ready if row[4] != f"/user/{row[0]}/" + (f"{row[1]}/" if row[1] else "")],
         "states": [row for row in rows if row[2] == "stopped" and (row[3] or row[5])],
         "routes": {route for route in routes.items() if route[0] != "/"} ^ {(row[4], row[5]) for row in ready},
         "processes": groups.keys() ^ {json.loads(row[3])["pid"] for row in ready},
-        "doubles": [commands for commands in groups.values() if len(commands) != 2],  # the supervisor and its command
+        "doubles": [commands for commands in groups.values()  # beside the supervisor and its logger
+                    if len([command for command in commands if not command.startswith("/bin/sh ")]) != 1],
         "tokens": sorted(hub.rows("SELECT server_id FROM tokens WHERE server_id IS NOT NULL")) != owners,
         "clients": sorted(hub.rows("SELECT server_id FROM oauthclients WHERE server_id IS NOT NULL")) != owners,
         "zombies": zombies_of(hub)}
@@ -4197,10 +5924,10 @@ def chaos(hub, random, is_over, answers):
             answers.append((0, method, path))
 
 
-@pytest.mark.parametrize(("options", "share"), [("-w 4", 1), ("-w 2 --threads 4 --preload", 1 / 4)])
-def test_in_chaos_nothing_is_lost(live, tmp_path, options, share):
+@pytest.mark.parametrize(("options", "share"), [("-w 4", 1 / 2), ("-w 2 --threads 4 --preload", 1 / 4)])
+def test_in_chaos_nothing_is_lost(live, tmp_path, make_database, options, share):
     seconds = max(6, float(os.environ.get("CHAOS_SECONDS") or (60 if os.environ.get("CI") else 10)) * share)
-    hub = start_mocked(live, tmp_path, *options.split(), start_timeout=20)
+    hub = start_mocked(live, tmp_path, *options.split(), start_timeout=20, database=make_database())
     hub.start_server("ada", hub.token)
     kept, is_over, answers, random = pid_of(hub), threading.Event(), [], Random(4)
     clients = [threading.Thread(target=chaos, args=(hub, Random(number), is_over, answers)) for number in range(6)]
@@ -4210,9 +5937,10 @@ def test_in_chaos_nothing_is_lost(live, tmp_path, options, share):
     for restart_at in (seconds / 3, seconds * 2 / 3, seconds):
         while time.monotonic() - begin < restart_at:
             is_over.wait(random.uniform(0.2, 1.5))
-            for worker in random.sample(workers := hub.workers(), min(1, len(workers))):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker, signal.SIGKILL)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                hub.request("GET", "/user/ada/")  # which a carrier carries
+            with contextlib.suppress(ProcessLookupError, IndexError):  # there may be none just now
+                os.kill(random.choice([*hub.workers(), *carriers_of(tmp_path)]), signal.SIGKILL)
         if restart_at < seconds:
             kill_all(hub)
             hub.start()
@@ -4277,7 +6005,23 @@ def test_thirty_starts_at_once_on_three_workers_keep_to_the_limit(live, tmp_path
     hub.api("POST", "/users", hub.token, {"usernames": names})
     statuses = at_once(*[functools.partial(hub.api, "POST", f"/users/{name}/server", hub.token) for name in names])
     assert [status for status, _ in statuses].count(429) == 25
-    assert len(groups_in(tmp_path)) == 5 == len(hub.rows("SELECT id FROM servers WHERE status <> 'stopped'"))
+    assert len(hub.rows("SELECT id FROM servers WHERE status <> 'stopped'")) == 5
+    wait_for(lambda: len(groups_in(tmp_path)) == 5)
+
+
+def test_starts_that_wait_outlive_the_hub_and_keep_their_order(live, tmp_path):
+    hub = start_mocked(live, tmp_path, "-w", "2", words="{username}", concurrent_spawn_limit=1)
+    hub.api("POST", "/users", hub.token, {"usernames": ["mute", "bob"]})
+    for name in ("mute", "bob", "ada"):
+        assert hub.api("POST", f"/users/{name}/server", hub.token)[0] == 202
+    kill_all(hub)
+    hub.start()
+    assert [status_of(hub, name) for name in ("mute", "bob", "ada")] == ["spawning", "queued", "queued"]
+    os.killpg(*groups_in(tmp_path), signal.SIGKILL)
+    wait_for(lambda: [status_of(hub, name) for name in ("mute", "bob", "ada")] == ["stopped", "ready", "ready"])
+    bob, ada = [hub.rows(f"SELECT changed FROM servers JOIN users ON users.id = user_id WHERE users.name = '{name}'")
+                for name in ("bob", "ada")]
+    assert bob < ada and not discrepancies(hub)
 
 
 def test_a_user_with_a_running_server_is_deleted_by_a_single_sync_worker(live, tmp_path):
@@ -4294,7 +6038,8 @@ def test_thirty_mute_servers_keep_nobody_waiting(live, tmp_path):
         assert hub.request("GET", path, headers=headers).status == 200
         return time.monotonic() - begin
 
-    hub = start_mocked(live, tmp_path, "-w", "1", words="mute", authenticator="dummy", password="class secret")
+    hub = start_mocked(live, tmp_path, "-w", "1", words="mute", authenticator="dummy", password="class secret",
+                       concurrent_spawn_limit=30)
     names = [f"student{number}" for number in range(30)]
     hub.api("POST", "/users", hub.token, {"usernames": names})
     assert {hub.api("POST", f"/users/{name}/server", hub.token)[0] for name in names} == {202}
@@ -4530,13 +6275,130 @@ def test_a_shutdown_stops_the_services(who):
     wait_for(lambda: minihub.process_identity(pid) is None)
 
 
-def test_a_service_ends_when_there_is_no_hub_any_more(tmp_path):
-    beat = tmp_path / "heartbeat"
-    beat.touch()
-    state = minihub.start_process(tmp_path / "service@1", ["sleep", "60"], "service", beat)
+def test_a_service_ends_when_there_is_no_hub_any_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(minihub, "SUPERVISE", minihub.SUPERVISE.replace("sleep 5", "sleep .1"))
+    state = minihub.start_process(tmp_path / "service@1", ["sleep", "60"], "service", tmp_path / "heartbeat")
     assert minihub.poll_process(state) is None
-    os.utime(beat, (0, 0))
     wait_for(lambda: minihub.poll_process(state) == -signal.SIGTERM)
+
+
+@pytest.fixture
+def idle(make_hub, make_database, request):
+    """Makes hubs on one database that run the service `idle`; ends its processes."""
+    url, services = make_database(), [{"name": "idle", "command": ["sleep", "600"]}]
+    hubs = []
+
+    def make(**settings):
+        hubs.append(make_hub(**{"database": url, "services": services, **settings}))
+        return hubs[-1]
+
+    yield make
+    for pid in copies_of_idle(hubs[0]):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def copies_of_idle(hub):
+    """The process ids of all supervisors of the service."""
+    return [pid for pid, (_, _, state, command) in all_processes().items()
+            if f"{hub.settings.run_dir}/service-idle@" in command and command.startswith("/bin/sh") and state != "Z"
+            and os.getsid(pid) == pid]
+
+
+def row_of_idle(hub, **changes):
+    """The service's row, changed."""
+    with hub.store.connected():
+        if changes:
+            minihub.Service.update(**changes).execute()
+        return hub.services.find("idle")
+
+
+def supervise(hub):
+    with hub.store.connected():
+        hub.services.supervise()
+
+
+def test_two_workers_start_a_service_once(idle, monkeypatch):
+    hubs, both, poll = [idle(), idle()], threading.Barrier(2), minihub.Services._is_running
+
+    def is_running(*values):
+        answer = poll(*values)
+        both.wait(10)  # both have seen that it does not run
+        return answer
+
+    starts, start_process = [], minihub.start_process
+    monkeypatch.setattr(minihub.Services, "_is_running", is_running)
+    monkeypatch.setattr(minihub, "start_process",
+                        lambda *values, **options: starts.append(values) or start_process(*values, **options))
+    in_threads(2, lambda number: supervise(hubs[number]))
+    assert len(wait_for(lambda: copies_of_idle(hubs[0]))) == 1 == len(starts)
+
+
+def test_the_restarts_of_a_steady_service_are_forgotten(idle):
+    hub, before = idle(), minihub.now() - timedelta(seconds=minihub.LONGEST_BACKOFF + 1)
+    row_of_idle(hub, restarts=5, next_start=before)
+    supervise(hub)
+    row = row_of_idle(hub)
+    assert (row.restarts, minihub.poll_process(row.state)) == (1, None)
+    assert minihub.seconds_since(row.next_start) > -2
+
+
+@pytest.mark.parametrize(("seconds", "starts"), [(7200, 1), (30, 0), (-5, 1)])
+def test_a_service_starts_when_it_is_due_even_after_the_clock_was_set_back(idle, seconds, starts):
+    hub = idle()
+    row_of_idle(hub, next_start=minihub.now() + timedelta(seconds=seconds))
+    supervise(hub)
+    assert (row_of_idle(hub).state is not None) == starts
+
+
+class Killed(BaseException):
+    """What ends a worker in the middle."""
+
+
+@pytest.mark.parametrize("has_started", [True, False])
+def test_a_service_whose_worker_was_killed_around_its_start_runs_once(idle, monkeypatch, has_started):
+    def start_and_die(*values, **options):
+        if has_started:
+            start_process(*values, **options)
+        raise Killed
+
+    start_process, first = minihub.start_process, idle()
+    monkeypatch.setattr(minihub, "start_process", start_and_die)
+    with pytest.raises(Killed):
+        supervise(first)
+    monkeypatch.undo()
+    if has_started:
+        wait_for(lambda: list(Path(first.settings.run_dir).glob("service-idle@*.pid")))
+    other = idle()
+    row_of_idle(other, next_start=minihub.now() - timedelta(seconds=1))
+    supervise(other)
+    assert len(copies_of_idle(other)) == has_started  # the worker could still be about to start it
+    row_of_idle(other, next_start=minihub.now() - timedelta(seconds=minihub.INTERRUPTED_AFTER + 1))
+    supervise(other)
+    copies = wait_for(lambda: copies_of_idle(other))
+    assert copies == [row_of_idle(other).state["pid"]]
+
+
+def test_a_service_that_another_worker_has_started_meanwhile_is_ended_by_the_slower_one(idle, monkeypatch):
+    def start_too_late(*values, **options):
+        monkeypatch.undo()
+        row_of_idle(slow, next_start=minihub.now() - timedelta(seconds=minihub.INTERRUPTED_AFTER + 1))
+        supervise(quick)
+        return start_process(*values, **options)
+
+    start_process, slow, quick = minihub.start_process, idle(), idle()
+    monkeypatch.setattr(minihub, "start_process", start_too_late)
+    supervise(slow)
+    wait_for(lambda: copies_of_idle(slow) == [row_of_idle(quick).state["pid"]])
+
+
+def test_a_service_that_is_not_in_the_settings_any_more_is_killed_if_it_does_not_mind_a_signal(live, tmp_path):
+    hub, (_, pid) = start_hasty(live, tmp_path, "-w", "2")
+    hub.stop()
+    hub.settings["services"] = "[]"
+    hub.start()
+    assert hub.api("GET", "/services", hub.token) == (200, {})
+    wait_for(lambda: minihub.process_identity(pid) is None)
+    assert are_running([pid_of(hub)]) == [True]
 
 
 @needs_singleuser
@@ -4576,7 +6438,8 @@ def test_nbgrader_manages_the_students_of_a_course(live, monkeypatch):
 def test_a_job_of_the_ticker_runs_when_it_is_due(opened, monkeypatch):
     clock, done = [100.0], []
     jobs = {"always": 0, "now and then": 10, "once": float("inf")}
-    ticker = minihub.Ticker(opened.store, 1, [(jobs[name], functools.partial(done.append, name)) for name in jobs])
+    table = [(jobs[name], functools.partial(done.append, name)) for name in jobs]
+    ticker = minihub.Ticker(opened.store, 1, table, Path("/nowhere"))
     monkeypatch.setattr(minihub.time, "monotonic", lambda: clock[0])
     for clock[0] in (100, 109, 110):
         ticker.tick()
@@ -4590,6 +6453,8 @@ def test_one_worker_ticks_at_a_time_and_another_when_it_has_stopped(make_hub, ma
     assert [hub.tick() for hub in (*hubs, *hubs)] == [True, False, True, False]
     pass_time(11)
     assert [hub.tick() for hub in reversed(hubs)] == [True, False]
+    pass_time(-7200)  # the clock is set back
+    assert [hub.tick() for hub in hubs] == [True, False]
 
 
 def test_a_hub_ticks_by_itself_after_its_first_request(make_hub, spawner):
@@ -5046,6 +6911,9 @@ def test_lists_are_paged_for_clients_that_accept_pagination(root):
     last = root("GET", "/users?limit=50&offset=62", headers=accept).json
     assert [model["name"] for model in last["items"]] == ["u59"] and last["_pagination"]["next"] is None
     assert len(root("GET", "/users").json) == 63
+    root("POST", "/users", {"usernames": [f"v{number}" for number in range(200)]}, status=201)
+    capped = root("GET", "/users?limit=1000", headers=accept).json
+    assert (len(capped["items"]), capped["_pagination"]["limit"], capped["_pagination"]["total"]) == (200, 200, 263)
     root("POST", "/groups", {"groups": ["a", "b"]}, status=201)
     groups = root("GET", "/groups?limit=1", headers=accept).json
     assert (groups["items"], groups["_pagination"]["total"]) == ([group("a")], 2)
@@ -5301,16 +7169,44 @@ def test_options_are_kept_until_others_are_given(ada, spawner, first, then, used
     assert ada("GET", "/users/ada").json["servers"][""]["user_options"] == (used or {})
 
 
-@pytest.mark.parametrize(("setting", "answers", "message", "wait"), [
-    ("concurrent_spawn_limit", False, "Too many servers are starting just now. Try again in a moment", "10"),
-    ("active_server_limit", True, "The hub runs 1 servers already, which is its limit. Stop one first", None)])
-def test_the_number_of_servers_is_limited(make_hub, spawner, setting, answers, message, wait):
-    hub, spawner.answers = people(make_hub(**{setting: 1})), answers
-    api_of(hub, "ada")("POST", "/users/ada/server", status="20*")
-    response = api_of(hub, "bob")("POST", "/users/bob/server", status=429)
-    assert (response.json, response.headers.get("Retry-After")) == (error(429, message), wait)
-    hub.stop_server("ada"), hub.tick()
-    api_of(hub, "bob")("POST", "/users/bob/server", status="20*")
+def test_the_number_of_servers_that_run_or_wait_is_limited(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(active_server_limit=2, concurrent_spawn_limit=1)), False
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+    api_of(hub, "root")("POST", "/users/root/server", status=202)
+    assert api_of(hub, "bob")("POST", "/users/bob/server", status=429).json == error(
+        429, "The hub runs 2 servers already, which is its limit. Stop one first")
+    hub.stop_server("root")
+    api_of(hub, "bob")("POST", "/users/bob/server", status=202)
+
+
+def test_a_start_that_waits_for_room_is_pending_and_can_be_stopped(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(concurrent_spawn_limit=1)), False
+    ada, bob = api_of(hub, "ada"), api_of(hub, "bob")
+    ada("POST", "/users/ada/server", status=202)
+    for _ in range(2):
+        bob("POST", "/users/bob/server", {"cpu": 2}, status=202)
+    model = bob("GET", "/users/bob").json
+    assert (model["pending"], model["server"]) == ("spawn", None)
+    assert model["servers"] == {"": server(owner="bob", pending="spawn", ready=False, user_options={"cpu": 2})}
+    assert [user["name"] for user in api_of(hub, "root")("GET", "/users?state=active").json] == ["ada", "bob"]
+    assert events(bob, "/users/bob/server/progress") == [
+        {"progress": 0, "message": "Server requested"}, {"progress": 10, "message": "1st in line"}]
+    bob("DELETE", "/users/bob/server", status=204)
+    assert (bob("GET", "/users/bob").json["servers"], len(spawner.launches)) == ({}, 1)
+
+
+def test_one_user_has_three_starts_pending_at_most(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(named_server_limit=0)), False
+    ada, bob = api_of(hub, "ada"), api_of(hub, "bob")
+    answers = [ada("POST", f"/users/ada/servers/{number}", status="*") for number in range(40)]
+    assert [answer.status_int for answer in answers] == [202] * 3 + [429] * 37
+    assert (answers[3].json, answers[3].headers["Retry-After"]) == (
+        error(429, "3 servers of ada are starting. Wait for one"), "10")
+    bob("POST", "/users/bob/server", status=202)
+    assert [launch.user.name for launch in spawner.launches] == ["ada", "ada", "bob"]
+    spawner.end_all()
+    hub.tick()
+    ada("POST", "/users/ada/server", status=202)
 
 
 def test_a_named_server_is_started_stopped_and_removed(ada):
@@ -5332,6 +7228,31 @@ def test_the_number_of_named_servers_is_limited(make_hub):
     ada("POST", "/users/ada/servers/one", status=201)
     ada("POST", "/users/ada/server", status=201)
     api_of(hub, "bob")("POST", "/users/bob/servers/two", status=201)
+
+
+def test_a_user_has_ten_named_servers_unless_the_settings_say_otherwise(ada):
+    statuses = []
+    for number in range(11):
+        statuses.append(ada("POST", f"/users/ada/servers/{number}", status="*").status_int)
+    assert statuses == [201] * 10 + [400]
+    ada("POST", "/users/ada/server", status=201)
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/users/ada/tokens", {"auth": {"username": "ada", "password": password_of("ada")}}),
+    ("/authorizations/token", {"username": "ada", "password": password_of("ada")})])
+def test_one_user_has_a_hundred_api_tokens_at_most(hub, nobody, bob, path, body):
+    tokens = [token_for(hub, "ada") for _ in range(99)]
+    token_for(hub, "ada", expires_in=-1)
+    with hub.store.connected():
+        running(hub)  # whose token does not count
+    nobody("POST", path, body, status="20*")
+    assert nobody("POST", path, body, status=429).json == error(
+        429, "User ada already has 100 API tokens. Revoke one first")
+    bob("POST", "/users/bob/tokens", status=201)
+    ada = Api(hub, tokens[0])
+    ada("DELETE", f"/users/ada/tokens/{ada('GET', '/users/ada/tokens').json['api_tokens'][-1]['id']}", status=204)
+    nobody("POST", path, body, status="20*")
 
 
 def test_named_servers_can_be_switched_off(make_hub):
@@ -5385,6 +7306,127 @@ def test_progress_is_streamed_while_the_hub_goes_on_answering(live, tmp_path, op
         assert hub.request("GET", "/hub/health", timeout=5).status == 200
         (tmp_path / "go").touch()
         assert [(line["progress"], line["url"]) for line in lines] == [(100, "/user/ada/")]
+
+
+class Stream:
+    """A client that reads a user's progress stream with root's token, or another, in a thread of its own."""
+
+    def __init__(self, hub, name, token=None):
+        self.events, self.times = [], []
+        self._connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=60)
+        headers = {"Authorization": f"token {token or hub.token}"}
+        self._connection.request("GET", f"/hub/api/users/{name}/server/progress", headers=headers)
+        response = self._connection.getresponse()
+        self.status, self._socket = response.status, response.fp.raw._sock
+        self._thread = threading.Thread(target=self._read, args=(response,), daemon=True)
+        self._thread.start()
+
+    def _read(self, response):
+        with contextlib.suppress(OSError, ValueError):
+            for line in response:
+                if line.startswith(b"data: "):
+                    self.times.append(time.monotonic())
+                    self.events.append(json.loads(line[6:]))
+
+    def messages(self):
+        return [event["message"] for event in self.events]
+
+    def close(self):
+        with contextlib.suppress(OSError):  # if it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._connection.close()
+
+
+def start_half_mute(live, folder, *options, **settings):
+    """A gunicorn with the students ada, bob and mute, whose server starts and never answers; `.token` is root's."""
+    hub = start_mocked(live, folder, *options, words="{username}", **settings)
+    hub.api("POST", "/users", hub.token, {"usernames": ["mute", "bob"]})
+    assert hub.api("POST", "/users/mute/server", hub.token)[0] == 202
+    wait_for(lambda: groups_in(folder))
+    return hub
+
+
+@pytest.mark.parametrize("options", [(), ("-w", "2", "--threads", "4")], ids=["sync", "threads"])
+def test_progress_tells_the_place_in_line(live, tmp_path, options):
+    hub = start_half_mute(live, tmp_path, *options, concurrent_spawn_limit=1)
+    (mute,) = groups_in(tmp_path)
+    for name in ("ada", "bob"):
+        assert hub.api("POST", f"/users/{name}/server", hub.token)[0] == 202
+    with contextlib.closing(Stream(hub, "bob")) as stream:
+        wait_for(lambda: stream.messages() == ["Server requested", "2nd in line"], message=stream.messages)
+        assert hub.api("DELETE", "/users/ada/server", hub.token)[0] == 204
+        wait_for(lambda: stream.messages()[2:] == ["1st in line"], message=stream.messages)
+        os.killpg(mute, signal.SIGKILL)
+        wait_for(lambda: stream.events[-1].get("ready"), message=stream.messages)
+    assert [event["progress"] for event in stream.events if event["progress"] != 50] == [0, 10, 10, 100]
+    assert (status_of(hub), status_of(hub, "bob")) == ("stopped", "ready")
+
+
+def test_150_progress_streams_delay_nobodys_ready_by_more_than_a_second(live, tmp_path):
+    hub = start_half_mute(live, tmp_path, "--threads", "4")
+    with contextlib.ExitStack() as opened:
+        crowd = [opened.enter_context(contextlib.closing(Stream(hub, "mute"))) for _ in range(150)]
+        assert hub.api("POST", "/users/ada/server", hub.token)[0] == 202
+        stream = opened.enter_context(contextlib.closing(Stream(hub, "ada")))
+        wait_for(lambda: status_of(hub) == "ready")
+        ready = time.monotonic()
+        wait_for(lambda: stream.events and stream.events[-1]["progress"] == 100)
+        assert {stream.status for stream in crowd} == {200} and stream.times[-1] - ready < 1.5
+        os.killpg(json.loads(hub.rows("SELECT state FROM servers WHERE status = 'spawning'")[0])["pid"], signal.SIGKILL)
+        wait_for(lambda: all(stream.events[-1].get("failed") for stream in crowd))
+
+
+def test_progress_streams_share_one_look_at_the_database_each_half_second(make_hub, spawner, monkeypatch):
+    hub, spawner.answers, looks = people(make_hub()), False, []
+    progress = hub.servers.progress
+    monkeypatch.setattr(hub.servers, "progress", lambda servers: looks.append(len(servers)) or time.sleep(0.1)
+                        or progress(servers))
+    with hub.store.connected(), contextlib.ExitStack() as opened:
+        servers = start_all(hub, "ada", "bob", "root")
+        streams, clients = minihub.ProgressStreams(hub.store, hub.servers), []
+        for number in range(150):
+            near, far = socket.socketpair()
+            far.settimeout(20)
+            clients.append(opened.enter_context(far))
+            hub.splicer.carry(minihub.ProgressStream(near, streams, servers[number % 3], {"progress": 50}, None))
+        begin = time.monotonic()
+        wait_for(lambda: len(looks) == 3)
+        assert time.monotonic() - begin > 3 * 0.5 and looks == [150] * 3
+        spawner.end(servers[0].launch)
+        hub.tick()
+        failed = [far for number, far in enumerate(clients) if number % 3 == 0]
+        assert all(b'"failed": true' in read_all(far) for far in failed)
+        wait_for(lambda: looks[-1] == 100)
+
+
+def test_one_user_has_twenty_progress_streams_at_most_and_admins_have_more(live, tmp_path):
+    hub = start_half_mute(live, tmp_path)
+    token = hub.command("token", "mute")
+    with contextlib.ExitStack() as opened:
+        streams = [opened.enter_context(contextlib.closing(Stream(hub, "mute", token))) for _ in range(20)]
+        admins = [opened.enter_context(contextlib.closing(Stream(hub, "mute"))) for _ in range(21)]
+        assert {stream.status for stream in streams + admins} == {200}
+        assert hub.api("GET", "/users/mute/server/progress", token) == (
+            429, error(429, "User mute already has 20 progress streams. Close one first"))
+        streams[0].close()
+        wait_for(lambda: opened.enter_context(contextlib.closing(Stream(hub, "mute", token))).status == 200)
+
+
+@pytest.mark.database("postgres")
+def test_progress_goes_on_when_the_database_comes_back(make_hub, spawner, postgres):
+    hub, spawner.answers = people(make_hub()), False
+    api_of(hub, "ada")("POST", "/users/ada/server", status=202)
+    near, far = socket.socketpair()
+    far.settimeout(20)
+    with far:
+        with hub.store.connected():
+            streams, server = minihub.ProgressStreams(hub.store, hub.servers), server_of(hub)
+        hub.splicer.carry(minihub.ProgressStream(near, streams, server, {"progress": 50}, None))
+        wait_for(lambda: far.recv(65536) == b"\n\n" and postgres.end_hubs(urlsplit(hub.settings.database).path[1:]))
+        hub.store.disconnect()
+        hub.delete_user("ada")
+        assert b'"failed": true' in read_all(far)
 
 
 def in_minutes(minutes):
@@ -6071,6 +8113,35 @@ def test_home_offers_what_can_be_done_to_a_server(make_hub, spawner, status, wor
     assert server_row(hub, "ada").status == status
 
 
+def test_pages_tell_the_place_in_line(make_hub, spawner):
+    hub, spawner.answers = people(make_hub(concurrent_spawn_limit=1)), False
+    hub.start_server("bob"), hub.start_server("root")
+    browser, teacher = Browser(hub, "ada"), Browser(hub, "root")
+    waiting = browser.get("/hub/spawn").form.submit(status=303).follow(status=200)
+    assert (waiting.html.h1.text, waiting.html.select_one("output").text) == ("Your server is starting", "2nd in line")
+    assert waiting.html.noscript.meta["http-equiv"] == "refresh"
+    home = browser.get("/hub/home")
+    assert (home.html.select_one(".state").text, buttons_of(home)[:2]) == ("2nd in line", ["Watch", "Stop"])
+    rows = [row.text for row in teacher.get("/hub/admin").html.select(".below .state")]
+    assert rows == ["1st in line", "2nd in line", "starting"]
+    assert browser.get("/hub/user/ada/", status=503).html.h1.text == "Your server is in line"
+    browser.get("/hub/spawn").form.submit(status=303)
+    assert (server_row(hub, "ada").status, len(spawner.launches)) == ("stopped", 1)
+    spawner.end_all(), hub.tick()
+    assert teacher.get("/hub/spawn").html.select_one("output").text == ""
+
+
+def test_too_many_tokens_or_starts_are_refused_on_a_page_that_says_so(hub, browser, spawner):
+    for _ in range(100):
+        token_for(hub, "ada")
+    response = browser.post("/hub/token", {"_xsrf": browser.xsrf}, status=429)
+    assert alert_of(response) == ["User ada already has 100 API tokens. Revoke one first"]
+    spawner.answers = False
+    for name in "abc":
+        start_named(browser, name)
+    assert alert_of(start_named(browser, "d", status=429)) == ["3 servers of ada are starting. Wait for one"]
+
+
 def test_start_leads_through_the_waiting_page_into_the_server(hub, browser, spawner):
     spawner.answers = False
     pending = browser.get("/hub/spawn/ada").form.submit(status=303)
@@ -6318,6 +8389,14 @@ def run_cell(page, code):
     return page.wait_for_selector(".jp-OutputArea-output").inner_text().strip()
 
 
+def run_last_cell(page, code, output):
+    """Wait for the output of the last cell of a notebook that is open."""
+    page.click(".jp-Notebook .cm-content >> nth=-1")
+    page.keyboard.type(code)
+    page.keyboard.press("Shift+Enter")
+    page.wait_for_selector(f".jp-OutputArea-output:has-text('{output}')")
+
+
 def sign_in_page(page, name):
     """Fill in the sign-in form."""
     page.fill("[name=username]", name)
@@ -6349,6 +8428,25 @@ def test_a_class_works_in_jupyterlab_behind_one_sync_worker(live, chromium):
     ada.click("text=Sign out ada")
     ada.goto(server)
     assert ada.inner_text("h1") == "Sign in"
+
+
+@needs_singleuser
+def test_jupyterlab_notices_no_restart_and_finds_its_kernel_again_when_the_carrier_is_killed(live, chromium):
+    hub = live(authenticator="dummy", password=PASSWORD)
+    ada, lost = chromium(), []
+    ada.goto(f"{hub.url}/hub/login")
+    sign_in_page(ada, "ada")
+    ada.on("websocket", lambda opened: opened.on("close", lambda closed: lost.append(closed)))
+    start_lab(ada)
+    assert run_cell(ada, "x = 42; print(x)") == "42"
+    lost.clear()  # JupyterLab has closed some itself
+    kill_everything(hub)
+    run_last_cell(ada, "print(x + 1)", "43")
+    assert lost == []
+    carrier = carrier_of(hub)
+    kill(carrier)
+    run_last_cell(ada, "print(x + 2)", "44")
+    assert lost and carrier_of(hub) != carrier
 
 
 @needs_singleuser
@@ -6410,7 +8508,7 @@ def test_no_secret_reaches_a_server_in_the_readmes_django_site(live_site, tmp_pa
         subprocess.run([sys.executable, "-m", *words.split()], cwd=tmp_path, check=True, capture_output=True,
                        env={**os.environ, "DJANGO_SUPERUSER_PASSWORD": PASSWORD})
     (tmp_path / "echo.py").write_text(ECHO_SERVER)
-    hub = f"Hub(cmd='{sys.executable} {tmp_path}/echo.py', "
+    hub = f"Hub(isolation='none', cmd='{sys.executable} {tmp_path}/echo.py', "
     (tmp_path / "school" / "wsgi.py").write_text(readme_text("django").replace("Hub(", hub))
     django_site = live_site("school.wsgi:application")
     with requests.Session() as browser:
@@ -6435,6 +8533,22 @@ def test_no_secret_reaches_a_server_in_the_readmes_django_site(live_site, tmp_pa
         assert urlsplit(browser.get(f"{django_site.url}/lab/hub/logout").url).path == "/admin/"
         browser.post(f"{django_site.url}/admin/logout/", {"csrfmiddlewaretoken": browser.cookies["csrftoken"]})
         assert urlsplit(browser.get(f"{django_site.url}/lab/hub/home").url).path == "/admin/login/"
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_the_place_in_line_moves_on_the_waiting_page_with_and_without_javascript(live, tmp_path, chromium, scripts):
+    hub = start_half_mute(live, tmp_path, concurrent_spawn_limit=1, authenticator="dummy", password=PASSWORD)
+    hub.api("POST", "/users/bob/server", hub.token)
+    page = chromium(java_script_enabled=scripts)
+    page.goto(f"{hub.url}/hub/spawn")
+    sign_in_page(page, "ada")
+    page.click("main button")
+    assert page.inner_text("output") == "2nd in line"
+    assert hub.api("DELETE", "/users/bob/server", hub.token)[0] == 204
+    page.wait_for_selector("output:text-is('1st in line')")
+    os.killpg(*groups_in(tmp_path), signal.SIGKILL)
+    page.wait_for_url("**/user/ada/")
+    assert page.inner_text("body") == "mock"
 
 
 @pytest.mark.parametrize("scripts", [True, False])
@@ -6463,6 +8577,27 @@ def test_pages_work_with_and_without_javascript_and_show_why_a_start_has_failed(
     page.wait_for_selector("text=not running")
 
 
+@needs_singleuser
+@pytest.mark.parametrize("way", ["root", "sandbox"])
+def test_a_runaway_cell_is_an_error_in_its_own_notebook_and_a_neighbour_works_on(way, chromium):
+    with starting_apart(way) as apart:
+        hub = apart(cmd=SINGLEUSER, cmd_has_sign_in="no", mem_limit="2G", process_limit="250", open_file_limit="4096")
+        _, ada, bob = class_of(hub, chromium, "ada", "bob")
+        for page in (ada, bob):
+            start_lab(page)
+        assert "MemoryError" in run_cell(ada, "len(bytearray(10**10))")
+        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        accounts = STUDENT_ACCOUNTS if hub.kind == "uid" else [HUB_ACCOUNT]
+        ports = {line[1] for line in listening if line[3] == "0A" and int(line[7]) in accounts}
+        others = [port for port in ports if int(port.partition(":")[2], 16) != hub.port]
+        assert len(others) == 2  # the servers', which ask who comes, and none of a kernel's
+        ada.goto(ada.url.partition("/lab/")[0] + "?reset")
+        ada.wait_for_selector(".jp-LauncherCard")
+        assert "BlockingIOError" in run_cell(
+            ada, "import os, signal; [os.fork() or signal.pause() for _ in range(9999)]")
+        assert run_cell(bob, "print(6*7)") == "42"
+
+
 @needs_chp
 @needs_singleuser
 def test_jupyterlab_works_through_a_real_proxy_that_dies_and_comes_back(live, chromium):
@@ -6481,10 +8616,7 @@ def test_jupyterlab_works_through_a_real_proxy_that_dies_and_comes_back(live, ch
     wait_for(lambda: through(hub, "/user/ada/api") == 200)
     ada.reload()
     ada.wait_for_selector("#jp-main-statusbar >> text=/Idle/")
-    ada.click(".jp-Notebook .cm-content >> nth=-1")
-    ada.keyboard.type("print(x + 1)")
-    ada.keyboard.press("Shift+Enter")
-    ada.wait_for_selector(".jp-OutputArea-output:has-text('43')")
+    run_last_cell(ada, "print(x + 1)", "43")
 
 
 ########################################################################################################
@@ -6638,7 +8770,7 @@ def sections_using(*modules):
 
 
 @pytest.mark.parametrize(("modules", "sections"), [
-    (["peewee", "playhouse"], range(4, 14)), (["falcon"], range(14, 21)), (["subprocess"], (6, 13))])
+    (["peewee", "playhouse"], range(4, 14)), (["falcon"], range(14, 21)), (["subprocess"], (5, 6, 13))])
 def test_a_module_is_used_in_its_own_sections_only(modules, sections):
     used = sections_using(*modules)
     assert used and used <= set(sections)
@@ -7049,11 +9181,8 @@ def test_people_get_a_page_when_there_is_nothing(hub, path):
 
 
 def test_a_request_that_is_overtaken_by_another_says_so(hub, root, monkeypatch):
-    create = hub.tokens.create
-
-    def create_too_late(user, *values, **columns):
-        user.delete_instance()
-        return create(user, *values, **columns)
+    def create_too_late(*values, **columns):
+        minihub.Membership.create(user=0, group=0)  # whose parents another request has deleted
 
     monkeypatch.setattr(hub.tokens, "create", create_too_late)
     response = root("POST", "/users/ada/tokens", {}, status=409)
@@ -7096,8 +9225,9 @@ def test_a_full_disk_is_said_and_got_over(hub, root):
     assert len(root("POST", "/users", many, status=201).json) == 500
 
 
-def test_a_locked_database_is_said_and_got_over(hub, root):
+def test_a_locked_database_is_said_and_got_over(hub, root, monkeypatch):
     root("GET", "/users")
+    monkeypatch.setattr(minihub, "SQLITE_WAIT", 0.05)
     with hub.store.connected():
         hub.store.database.execute_sql("PRAGMA busy_timeout = 50")
         path = hub.store.database.database
@@ -7215,10 +9345,10 @@ def test_servers_live_on_when_other_hosts_reload_and_stop(kind, reload, tmp_path
         assert hub.api("DELETE", "/users/ada/server", hub.token)[0] in (202, 204)
 
 
-def test_uwsgi_ends_at_once_though_websockets_are_open(tmp_path):
+def test_uwsgi_ends_at_once_though_websockets_are_open_and_they_stay(tmp_path):
     with carrying(tmp_path, kind=InUWSGI) as hub, contextlib.closing(websocket_to(hub)) as connection:
         hub.stop()
-        assert (hub.process.returncode, read_all(connection.sock)) == (0, b"")
+        assert hub.process.returncode == 0 and echo_all([connection], "here")
 
 
 @pytest.mark.parametrize(("threads", "status"), [(0, 503), (1, 200)])
@@ -7379,6 +9509,20 @@ def test_behind_a_web_server_websockets_carry_messages(below_lab, behind_a_web_s
         assert connection.recv() == "hello"
 
 
+def test_a_web_server_waits_for_the_rest_of_a_request_instead_of_the_hub(below_lab, behind_a_web_server):
+    trusting = ssl.create_default_context(cafile=below_lab.folder / "tls.pem")
+    host, port = urlsplit(behind_a_web_server).netloc.split(":")
+    with contextlib.ExitStack() as opened:
+        for _ in range(3):
+            plain = opened.enter_context(socket.create_connection((host, int(port)), 20))
+            client = opened.enter_context(trusting.wrap_socket(plain, server_hostname=host))
+            client.sendall(json_post(f"/lab{SIGN_IN}", b"Content-Length: 40000\r\n\r\n" + b" " * 20000))
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert below_lab.request("GET", "/lab/hub/health").status == 200
+        assert time.monotonic() - began < 2
+
+
 def test_headers_of_clients_do_not_get_past_a_web_server(behind_a_web_server, tls_browser):
     headers = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example", "X_Forwarded_Host": "evil.example"}
     assert "Secure" in tls_browser.get(f"{behind_a_web_server}/hub/login", headers=headers).headers["Set-Cookie"]
@@ -7494,7 +9638,7 @@ def test_a_hub_that_is_closed_leaves_nothing_behind(make_hub):
     hub = people(make_hub(database="sqlite:///:memory:", tick_interval=0.01))
     Api(hub)("GET", "/")
     near, far = socket.socketpair()
-    connection = minihub.Forward(near, None)
+    connection = minihub.Connection(near)
     connection.serve = lambda: connection.discard(near)
     hub.splicer.carry(connection)
     assert len(threads_of_hubs()) == len(before) + 2
