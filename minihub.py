@@ -1258,8 +1258,6 @@ class Isolation:
     _signals = ()
 
     def _words(self, home, uid):
-        if os.geteuid() and capabilities():  # which a unit has given the hub for uid
-            return [tool("setpriv"), "--inh-caps=-all", "--ambient-caps=-all"]
         return []
 
     def _rights(self):

@@ -1878,14 +1878,6 @@ def test_a_service_of_another_user_has_that_users_groups_and_no_capability():
         minihub.as_system_user("no such user")
 
 
-def test_servers_that_are_not_kept_apart_have_none_of_the_hubs_capabilities(monkeypatch):
-    monkeypatch.setattr(minihub, "capabilities", lambda: 1 << 7)
-    for account, dropped in ((1000, ["--inh-caps=-all", "--ambient-caps=-all"]), (0, [])):
-        monkeypatch.setattr(os, "geteuid", lambda account=account: account)
-        words = minihub.Isolation(Settings()).words(Path("/home"), None, ["x"])
-        assert [word for word in words if word.endswith("caps=-all")] == dropped
-
-
 ########################################################################################################
 # 6. Spawners
 ########################################################################################################
