@@ -3993,7 +3993,7 @@ class SignIn:
 
 
 def _unsigned(signer, text, lifetime):
-    """What was signed within `lifetime`, or later than now, before the clock was set back. Raises BadSignature."""
+    """The content, if signed within `lifetime`, or in the future by a clock since set back. Raises BadSignature."""
     content, moment = signer.loads(text, return_timestamp=True)
     if seconds_since(moment) > lifetime:
         raise itsdangerous.BadSignature("too old")

@@ -71,7 +71,7 @@ NOT_HERE = "not possible on this machine"  # such as accounts, where they cannot
 
 
 class NoSkips:
-    """A plugin of pytest's, in use where CI is set: a test that skips has failed, unless no package would change that."""
+    """A plugin of pytest's, in use where CI is set: a test that skips has failed, unless no package could help."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self):
